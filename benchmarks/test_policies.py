@@ -1,0 +1,101 @@
+"""Fused policy rollouts against the textbook formula and against diffusers' PiflowScheduler, on the CPU.
+
+    pytest benchmarks --benchmark-only
+
+pytest-benchmark reports the fused operator; its `extra_info` holds the peer, timed in turns with it, and the ratio of
+medians. Each benchmark checks the result against float64. No speed is asserted: these are measurements.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.timing import interleaved, keep_freed_memory, milliseconds
+from piflow.noise_schedule import NoiseSchedule
+from piflow_kernels import dx_rollout, gm_rollout
+
+keep_freed_memory()
+
+Calls = tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]
+
+
+def compare(
+    benchmark: Any, ours: Callable[[], torch.Tensor], peer: Callable[[], torch.Tensor], exact: torch.Tensor
+) -> None:
+    """Time both in turns, check the result, and put the figures where pytest-benchmark stores them.
+
+    Ours must be within 1e-5 of float64 `exact`, or as close to it as the peer is.
+    """
+    with torch.no_grad():
+        errors = {name: (call() - exact).abs().max().item() for name, call in (("ours", ours), ("peer", peer))}
+        assert errors["ours"] <= max(1e-5, errors["peer"]), errors
+        seconds = interleaved({"ours": ours, "peer": peer})
+        benchmark.extra_info.update(
+            ours_ms=milliseconds(seconds["ours"]),
+            peer_ms=milliseconds(seconds["peer"]),
+            max_error=errors,
+            speedup=round(statistics.median(seconds["peer"]) / statistics.median(seconds["ours"]), 2),
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+            load_average=round(os.getloadavg()[0], 2),
+        )
+        benchmark.pedantic(ours, rounds=10, warmup_rounds=2)
+
+
+GM_SHAPES = {
+    "qwen-image-1024": ((1, 8, 16, 128, 128), 37, 3.2),
+    "imagenet-256-batch-16": ((16, 32, 4, 32, 32), 128, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", GM_SHAPES)
+@pytest.mark.benchmark(group="gm_rollout against the textbook formula")
+def test_gm_rollout(benchmark: Any, name: str) -> None:
+    (b, k, c, h, w), n_steps, shift = GM_SHAPES[name]
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(b, c, h, w, generator=g)
+    means = torch.randn(b, k, c, h, w, generator=g)
+    logweights = torch.randn(b, k, 1, h, w, generator=g).log_softmax(1)
+    raw_t = torch.linspace(1, 1 - n_steps / 128, n_steps + 1)
+    args = (x, NoiseSchedule(shift).sigma(raw_t), x, 1.0, means, torch.full((b,), -2.0), logweights)
+    exact = gm_rollout(x.double(), *args[1:], backend="reference")
+    compare(benchmark, lambda: gm_rollout(*args), lambda: gm_rollout(*args, backend="reference"), exact)
+
+
+@pytest.mark.benchmark(group="dx_rollout against diffusers' PiflowScheduler.step")
+def test_dx_rollout_kandinsky_6(benchmark: Any) -> None:
+    """(1, 8 x 60 x 108, 16 channels, grid 10), 13 substeps: the first of 10 steps at 128 substeps."""
+    from diffusers import PiflowScheduler
+
+    scheduler = PiflowScheduler(shift=5.0, n_grid=10)
+    scheduler.set_timesteps(10)
+    g = torch.Generator().manual_seed(0)
+    sample = torch.randn(1, 8, 60, 108, 16, generator=g)
+    output = torch.randn(1, 8, 60, 108, 160, generator=g)
+
+    def peer() -> torch.Tensor:
+        scheduler.set_begin_index(0)
+        scheduler._step_index = None
+        return scheduler.step(output, scheduler.timesteps[0], sample).prev_sample
+
+    raw_src, raw_dst = (float(scheduler._piflow_raw_timesteps[i]) for i in (0, 1))
+    n_substeps = round((raw_src - raw_dst) * 128)
+    assert n_substeps == 13
+    sigmas = NoiseSchedule(5.0).sigma(torch.linspace(raw_src, raw_dst, n_substeps + 1, dtype=torch.float64))
+
+    def ours() -> torch.Tensor:
+        grid = output.unflatten(-1, (10, 16))
+        return dx_rollout(sample, sigmas, sample, 1.0, grid, raw_src - raw_dst, 5.0, eps=1e-6, layout="packed")
+
+    grid = output.unflatten(-1, (10, 16)).double()
+    exact = dx_rollout(
+        sample.double(), sigmas, sample.double(), 1.0, grid, raw_src - raw_dst, 5.0, eps=1e-6, layout="packed",
+        backend="reference",
+    )  # fmt: skip
+    compare(benchmark, ours, peer, exact)

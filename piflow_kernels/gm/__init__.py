@@ -1,0 +1,1 @@
+"""GMFlow policy: a Gaussian mixture per latent pixel."""

@@ -1,0 +1,394 @@
+"""The public GM operators: checks, choice of implementation, autograd, registration with torch.library."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import arguments as arg
+from ..arguments import Backend, Layout
+from ..substeps import steps_of
+from . import reference, torch_path
+from .coefficients import gm_coefficients, gm_coefficients_and_tangent, variance_of
+
+
+class Mixture(NamedTuple):
+    """Canonical arguments of every GM operator: what `piflow_kernels.arguments` calls so."""
+
+    x_src: Tensor
+    sigma_src: Tensor
+    means: Tensor
+    logstds: Tensor
+    logweights: Tensor
+    sub_pixels: int | None
+
+    def unpack(self, state: Tensor) -> Tensor:
+        """(B, T, C p) -> (B, C, T, p), a view; spatial states are canonical already."""
+        return state if self.sub_pixels is None else state.unflatten(-1, (-1, self.sub_pixels)).permute(0, 2, 1, 3)
+
+    def pack(self, state: Tensor) -> Tensor:
+        return state if self.sub_pixels is None else state.permute(0, 2, 1, 3).flatten(2)
+
+
+def canonical_mixture(
+    x_src: Tensor,
+    sigma_src: Tensor | float,
+    means: Tensor,
+    logstds: Tensor | float,
+    logweights: Tensor,
+    temperature: float | None,
+    keep: Tensor | None,
+    layout: Layout,
+    eps: float,
+) -> Mixture:
+    arg.check_layout(layout)
+    arg.check_eps("eps", eps)
+    device = means.device if isinstance(means, Tensor) else torch.device("cpu")
+    arg.check_tensor("means", means, arg.NETWORK_DTYPES, device)
+    arg.check_tensor("logweights", logweights, arg.NETWORK_DTYPES, device)
+    sub_pixels = None
+    if layout == "packed":
+        if means.dim() != 4:
+            raise ValueError(f"means: expected (B, T, K, C p) in the packed layout, got {arg.shape_of(means)}")
+        if logweights.dim() != 4 or logweights.shape[:3] != means.shape[:3] or logweights.shape[3] == 0:
+            raise ValueError(
+                f"logweights: expected {(*means.shape[:3], 'p')} in the packed layout, got {arg.shape_of(logweights)}"
+            )
+        sub_pixels = logweights.shape[-1]
+        if means.shape[-1] % sub_pixels:
+            raise ValueError(
+                f"means: expected C p entries on the last axis, p = {sub_pixels} (logweights), got {means.shape[-1]}"
+            )
+        state_shape = (means.shape[0], means.shape[1], means.shape[3])
+        x_src = arg.check_state("x_src", x_src, state_shape, device)
+        means = means.unflatten(-1, (-1, sub_pixels)).permute(0, 2, 3, 1, 4)
+        logweights = logweights.permute(0, 2, 1, 3).unsqueeze(2)
+    else:
+        if means.dim() not in (4, 5, 6):
+            raise ValueError(f"means: expected (B, K, C, *S) with one to three spatial axes, got {arg.shape_of(means)}")
+        expected = (*means.shape[:2], 1, *means.shape[3:])
+        if arg.shape_of(logweights) != expected:
+            raise ValueError(f"logweights: expected (B, K, 1, *S) = {expected}, got {arg.shape_of(logweights)}")
+        x_src = arg.check_state("x_src", x_src, (means.shape[0], *means.shape[2:]), device)
+    if means.shape[1] == 0 or means.shape[2] == 0:
+        raise ValueError(f"means: expected at least one component and one channel, got {arg.shape_of(means)}")
+
+    batch = means.shape[0]
+    log_stds = arg.per_sample("logstds", logstds, batch, device)
+    if temperature is not None:
+        if not temperature >= 0:
+            raise ValueError(f"temperature: expected None or a number >= 0, got {temperature}")
+        if temperature < 1:
+            temperature = max(temperature, eps)
+            compute = torch.promote_types(logweights.dtype, torch.float32)
+            logweights = logweights.to(compute) / temperature
+            log_stds = log_stds + 0.5 * torch.log(torch.tensor(temperature, dtype=torch.float64, device=device))
+    if keep is not None:
+        if keep.dtype != torch.bool or arg.shape_of(keep) != arg.shape_of(means)[:2] or keep.device != device:
+            raise ValueError(
+                f"keep: expected a bool tensor {arg.shape_of(means)[:2]} on {device}, "
+                f"got {keep.dtype} {arg.shape_of(keep)} on {keep.device}"
+            )
+        keep = keep | ~keep.any(dim=1, keepdim=True)
+        logweights = logweights.masked_fill(~keep.reshape(*keep.shape, *[1] * (means.dim() - 2)), -torch.inf)
+    mixture = Mixture(
+        x_src=x_src,
+        sigma_src=arg.per_sample("sigma_src", sigma_src, batch, device).detach(),
+        means=means,
+        logstds=log_stds,
+        logweights=logweights,
+        sub_pixels=sub_pixels,
+    )
+    return mixture._replace(x_src=mixture.unpack(x_src))
+
+
+def canonical_state(name: str, value: Tensor, mixture: Mixture, like: Tensor) -> Tensor:
+    """A state with the shape of `like` (the caller's x_src), made canonical."""
+    state = arg.check_state(name, value, arg.shape_of(like), mixture.means.device)
+    return mixture.unpack(state)
+
+
+@torch.library.custom_op("piflow::gm_integrate", mutates_args=())
+def gm_integrate(
+    x_start: Tensor,
+    sigmas: Tensor,
+    local: Tensor | None,
+    x_src: Tensor,
+    sigma_src: Tensor,
+    means: Tensor,
+    logstds: Tensor,
+    logweights: Tensor,
+    eps: float,
+    min_delta: float | None,
+    backend: str,
+    check: bool,
+) -> Tensor:
+    """End state (min_delta None) or mean velocity of the collapsed rollout; canonical arguments."""
+    arg.check_values(sigmas, sigma_src, min_delta, check)
+    variance = variance_of(logstds, sigma_src)
+    coefficients = gm_coefficients(*steps_of(sigmas, local, min_delta), sigma_src, variance, eps)
+    if backend == "triton":
+        from ..launch import launch_gm_integrate as launch
+
+        return launch(x_start, x_src, means, logweights, coefficients)
+    return torch_path.gm_integrate(x_start, x_src, means, logweights, coefficients)
+
+
+@gm_integrate.register_fake
+def _(x_start: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x_start)
+
+
+@torch.library.custom_op("piflow::gm_integrate_backward", mutates_args=())
+def gm_integrate_backward(
+    grad: Tensor,
+    x_start: Tensor,
+    sigmas: Tensor,
+    local: Tensor | None,
+    x_src: Tensor,
+    sigma_src: Tensor,
+    means: Tensor,
+    logstds: Tensor,
+    logweights: Tensor,
+    eps: float,
+    min_delta: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Adjoints of x_start, x_src, means, logstds and logweights."""
+    steps = steps_of(sigmas, local, min_delta)
+    coefficients, tangent = gm_coefficients_and_tangent(*steps, sigma_src, logstds, eps)
+    adjoints = torch_path.gm_integrate_backward(grad, x_start, x_src, means, logweights, coefficients)
+    logstds_bar = torch.zeros_like(logstds)
+    for bar, slope in zip(adjoints.coefficients, tangent):
+        logstds_bar += (bar * slope).flatten(1).sum(1)
+    return adjoints.x_start, adjoints.x_src, adjoints.means, logstds_bar, adjoints.logweights
+
+
+@gm_integrate_backward.register_fake
+def _(
+    grad: Tensor,
+    x_start: Tensor,
+    sigmas: Tensor,
+    local: Tensor | None,
+    x_src: Tensor,
+    sigma_src: Tensor,
+    means: Tensor,
+    logstds: Tensor,
+    logweights: Tensor,
+    eps: float,
+    min_delta: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors = (x_start, x_src, means, logstds, logweights)
+    return tuple(torch.empty_like(tensor) for tensor in tensors)  # type: ignore[return-value]
+
+
+class GMIntegrate(torch.autograd.Function):
+    """Autograd outside the functional operators, so that torch.func transforms see it."""
+
+    @staticmethod
+    def forward(
+        x_start: Tensor,
+        sigmas: Tensor,
+        local: Tensor | None,
+        x_src: Tensor,
+        sigma_src: Tensor,
+        means: Tensor,
+        logstds: Tensor,
+        logweights: Tensor,
+        eps: float,
+        min_delta: float | None,
+        backend: str,
+        check: bool,
+    ) -> Tensor:
+        return gm_integrate(
+            x_start, sigmas, local, x_src, sigma_src, means, logstds, logweights, eps, min_delta, backend, check
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, eps, min_delta, _, _ = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.scalars = eps, min_delta
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x_start, x_src, means, logstds, logweights = gm_integrate_backward(grad, *ctx.saved_tensors, *ctx.scalars)
+        return x_start, None, None, x_src, None, means, logstds, logweights, None, None, None, None
+
+
+def integrate(
+    x_start: Tensor,
+    sigmas: Tensor,
+    local: Tensor | None,
+    mixture: Mixture,
+    eps: float,
+    min_delta: float | None,
+    backend: Backend | None,
+    check: bool,
+) -> Tensor:
+    """Dispatch of every GM operator; x_start is canonical, the result in the caller's layout."""
+    backend = arg.resolve_backend(backend, mixture.means.device)
+    dtype = arg.computing_dtype(x_start, mixture.x_src, mixture.means)
+    x_start, x_src = x_start.to(dtype), mixture.x_src.to(dtype)
+    sigmas = sigmas.detach()
+    if backend != "reference":
+        args = (x_src, mixture.sigma_src, mixture.means, mixture.logstds, mixture.logweights)
+        result = GMIntegrate.apply(x_start, sigmas, local, *args, eps, min_delta, backend, check)
+        return mixture.pack(result)
+
+    arg.check_values(sigmas, mixture.sigma_src, min_delta, check)
+    inputs = (x_src, mixture.sigma_src, mixture.means, mixture.logstds, mixture.logweights)
+    network: Any = (*(value.to(dtype) for value in inputs), eps)
+    end = reference.gm_rollout(x_start, sigmas, *network)
+    if min_delta is None:
+        return mixture.pack(end)
+    velocity = reference.gm_velocity(x_start, sigmas[:, 0], *network)
+    mean = reference.mean_velocity(x_start, end, velocity, sigmas, local, min_delta)
+    return mixture.pack(mean)
+
+
+def gm_velocity(
+    x_t: Tensor,
+    sigma_t: Tensor | float,
+    x_src: Tensor,
+    sigma_src: Tensor | float,
+    means: Tensor,
+    logstds: Tensor | float,
+    logweights: Tensor,
+    eps: float = 1e-6,
+    *,
+    temperature: float | None = None,
+    keep: Tensor | None = None,
+    layout: Layout = "spatial",
+    backend: Backend | None = None,
+    check: bool = False,
+) -> Tensor:
+    """Velocity of the GMFlow policy, u = (x_t - E[x_0 | x_t]) / sigma_t (arXiv 2510.14974; DESIGN 2.1).
+
+    Args:
+        x_t: state (B, C, *S) with one to three spatial axes, or (B, T, C p) in the packed layout; float32 (float64 on
+        the CPU). sigma_t: noise level in [0, 1], (B,) or broadcastable to (B, 1, ...); may lie above sigma_src.
+        x_src, sigma_src: state and noise level at which the network was evaluated.
+        means: component means in velocity space as the network predicts them, (B, K, C, *S) or packed (B, T, K, C p)
+            with channel index c p + sub-pixel; float32, bfloat16, float16 (or float64).
+        logstds: log standard deviation per sample, (B,) or (B, 1, 1, ...).
+        logweights: (B, K, 1, *S) or packed (B, T, K, p); log-probabilities or raw logits.
+        eps: lower bound of every sigma in a denominator, and of the posterior's denominator.
+        temperature: below 1, sharpens the mixture (logweights / T, variance T); None or >= 1 does nothing.
+        keep: (B, K) bool, components that stay (component dropout); where a sample keeps none, it keeps all.
+        layout: "spatial" or "packed".
+        backend: None (Triton on a GPU, else PyTorch), "reference", "torch" or "triton".
+        check: also check the noise levels' values on a GPU, where reading them synchronises.
+
+    Returns:
+        The velocity, shaped as x_t, float32 (float64 where an input is). Differentiable once with respect to means,
+        logstds, logweights, x_src and x_t.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    mixture = canonical_mixture(x_src, sigma_src, means, logstds, logweights, temperature, keep, layout, eps)
+    x_t = canonical_state("x_t", x_t, mixture, like=x_src)
+    sigma = arg.per_sample("sigma_t", sigma_t, means.shape[0], means.device)
+    return integrate(x_t, sigma[:, None], None, mixture, eps, 1.0, backend, check)
+
+
+def gm_rollout(
+    x_start: Tensor,
+    sigmas: Tensor,
+    x_src: Tensor,
+    sigma_src: Tensor | float,
+    means: Tensor,
+    logstds: Tensor | float,
+    logweights: Tensor,
+    eps: float = 1e-6,
+    *,
+    temperature: float | None = None,
+    keep: Tensor | None = None,
+    layout: Layout = "spatial",
+    backend: Backend | None = None,
+    check: bool = False,
+) -> Tensor:
+    """End state of an Euler rollout of the GMFlow policy over the substeps of `sigmas` (DESIGN 2.2).
+
+    Args:
+        x_start: state at sigmas[:, 0]; shapes and the remaining arguments as in `gm_velocity`.
+        sigmas: noise levels visited, (N + 1,), (1, N + 1) or (B, N + 1); non-increasing, sigmas[:, 0] <= sigma_src,
+            within [0, 1] (all to 1e-6). Equal neighbours are a substep that does nothing, so samples with fewer
+            substeps share a batch.
+
+    Returns:
+        The state at sigmas[:, -1], shaped as x_start, float32 (float64 where an input is). Differentiable once with
+        respect to means, logstds, logweights, x_src and x_start.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    mixture = canonical_mixture(x_src, sigma_src, means, logstds, logweights, temperature, keep, layout, eps)
+    x_start = canonical_state("x_start", x_start, mixture, like=x_src)
+    levels = arg.noise_levels(sigmas, means.shape[0], means.device)
+    return integrate(x_start, levels, None, mixture, eps, None, backend, check)
+
+
+def gm_mean_velocity(
+    x_start: Tensor,
+    sigmas: Tensor,
+    x_src: Tensor,
+    sigma_src: Tensor | float,
+    means: Tensor,
+    logstds: Tensor | float,
+    logweights: Tensor,
+    local: Tensor | None = None,
+    eps: float = 1e-6,
+    min_delta: float = 1e-4,
+    *,
+    temperature: float | None = None,
+    keep: Tensor | None = None,
+    layout: Layout = "spatial",
+    backend: Backend | None = None,
+    check: bool = False,
+) -> Tensor:
+    """Mean velocity over a window, (x_start - x_end) / max(sigma_start - sigma_end, min_delta) (DESIGN 4).
+
+    Where `local` (B,) bool holds, or the first and last level are equal, the velocity at the start. Arguments, result
+    and errors otherwise as in `gm_rollout`.
+    """
+    mixture = canonical_mixture(x_src, sigma_src, means, logstds, logweights, temperature, keep, layout, eps)
+    arg.check_eps("min_delta", min_delta)
+    x_start = canonical_state("x_start", x_start, mixture, like=x_src)
+    levels = arg.noise_levels(sigmas, means.shape[0], means.device)
+    local = arg.check_mask("local", local, means.shape[0], means.device)
+    return integrate(x_start, levels, local, mixture, eps, min_delta, backend, check)
+
+
+def gm_mean_velocity_loss(
+    x_start: Tensor,
+    sigmas: Tensor,
+    x_src: Tensor,
+    sigma_src: Tensor | float,
+    means: Tensor,
+    logstds: Tensor | float,
+    logweights: Tensor,
+    target: Tensor,
+    local: Tensor | None = None,
+    eps: float = 1e-6,
+    min_delta: float = 1e-4,
+    *,
+    temperature: float | None = None,
+    keep: Tensor | None = None,
+    layout: Layout = "spatial",
+    backend: Backend | None = None,
+    check: bool = False,
+) -> Tensor:
+    """Mean square error of `gm_mean_velocity` against `target` over channels and space, per sample: (B,).
+
+    Differentiable also with respect to `target`, which is shaped as x_start.
+    """
+    arg.check_state("target", target, arg.shape_of(x_src), means.device)
+    velocity = gm_mean_velocity(
+        x_start, sigmas, x_src, sigma_src, means, logstds, logweights, local, eps, min_delta,
+        temperature=temperature, keep=keep, layout=layout, backend=backend, check=check,
+    )  # fmt: skip
+    return (velocity - target).square().flatten(1).mean(1)

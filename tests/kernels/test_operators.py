@@ -1,0 +1,472 @@
+"""The fast path and the Triton kernels against the textbook reference: values, gradients, shapes, extremes, errors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import piflow_kernels as pk
+from piflow_kernels.gm.torch_path import gram_space_is_cheaper
+
+EPS32 = 4e-7
+"""Rounding of one float32 substep, with room."""
+
+
+def gm_problem(
+    batch: int = 2,
+    k: int = 3,
+    c: int = 4,
+    spatial: tuple[int, ...] = (3, 5),
+    n_steps: int = 6,
+    dtype: torch.dtype = torch.float64,
+    logstd: float = -1.0,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
+    sigma_src = torch.linspace(1.0, 0.6, batch, dtype=torch.float64)
+    levels = torch.linspace(1, 0, n_steps + 1, dtype=torch.float64)
+    end = 0.1 * torch.arange(batch, dtype=torch.float64)
+    x_src = draw(batch, c, *spatial)
+    return {
+        "x_start": x_src + 0.1 * draw(batch, c, *spatial),
+        "sigmas": end[:, None] + (0.95 * sigma_src - end)[:, None] * levels,
+        "x_src": x_src,
+        "sigma_src": sigma_src,
+        "means": draw(batch, k, c, *spatial),
+        "logstds": logstd + 0.3 * draw(batch),
+        "logweights": draw(batch, k, 1, *spatial),
+    }
+
+
+def dx_problem(
+    batch: int = 2,
+    n_grid: int = 4,
+    c: int = 3,
+    spatial: tuple[int, ...] = (3, 5),
+    n_steps: int = 6,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Any]:
+    problem: dict[str, Any] = gm_problem(batch, n_grid, c, spatial, n_steps, dtype)
+    problem["grid"] = problem.pop("means")
+    del problem["logstds"], problem["logweights"]
+    return {**problem, "segment_size": torch.linspace(0.9, 0.5, batch), "shift": 3.2}
+
+
+def values_and_gradients(
+    operator: Callable[..., Tensor], problem: dict[str, Any], names: list[str], **kwargs: Any
+) -> list[Tensor]:
+    leaves = {name: problem[name].clone().requires_grad_() for name in names}
+    result = operator(**{**problem, **leaves}, **kwargs)
+    cotangent = torch.randn(result.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(result)
+    return [result.detach(), *torch.autograd.grad((result * cotangent).sum(), list(leaves.values()))]
+
+
+def assert_matches(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    """On the maximum and, three times tighter, on the RMS."""
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape
+        error = (a.double() - e.double()).abs()
+        assert error.max() <= tolerance * e.abs().max() + 1e-300
+        assert error.square().mean().sqrt() <= tolerance / 3 * e.abs().max() + 1e-300
+
+
+def as_velocity(problem: dict[str, Any]) -> dict[str, Any]:
+    problem = dict(problem)
+    problem["x_t"], problem["sigma_t"] = problem.pop("x_start"), problem.pop("sigmas")[:, 2]
+    return problem
+
+
+GM_LEAVES = ["x_start", "x_src", "means", "logstds", "logweights"]
+DX_LEAVES = ["x_start", "x_src", "grid"]
+SHAPES = [
+    (1, 1, (1,)),
+    (1, 4, (7,)),
+    (3, 4, (3, 5)),
+    (8, 16, (5, 3)),
+    (32, 4, (4, 4)),
+    (5, 3, (2, 3, 4)),
+    (2, 9, (17, 1)),
+]
+
+
+def operator_cases() -> list[Any]:
+    local = torch.tensor([True, False])
+    return [
+        pytest.param("rollout", {}, id="rollout"),
+        pytest.param("rollout", {"temperature": 0.3}, id="rollout-temperature"),
+        pytest.param("mean_velocity", {}, id="mean"),
+        pytest.param("mean_velocity", {"local": local}, id="mean-local"),
+        pytest.param("mean_velocity_loss", {"local": local}, id="loss-local"),
+        pytest.param("velocity", {}, id="velocity"),
+    ]
+
+
+def prepare(problem: dict[str, Any], leaves: list[str], name: str) -> tuple[dict[str, Any], list[str]]:
+    if name == "velocity":
+        return as_velocity(problem), ["x_t", *leaves[1:]]
+    if name == "mean_velocity_loss":
+        target = torch.randn(problem["x_src"].shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        return {**problem, "target": target.to(problem["x_src"])}, [*leaves, "target"]
+    return problem, leaves
+
+
+@pytest.mark.parametrize(("name", "kwargs"), operator_cases())
+@pytest.mark.parametrize(("k", "c", "spatial"), SHAPES)
+@pytest.mark.parametrize("n_steps", [1, 2, 9])
+def test_gm_fast_path_in_float64(
+    name: str, kwargs: dict[str, Any], k: int, c: int, spatial: tuple[int, ...], n_steps: int
+) -> None:
+    if name == "velocity" and n_steps < 3:
+        n_steps = 3
+    problem, leaves = prepare(gm_problem(k=k, c=c, spatial=spatial, n_steps=n_steps), GM_LEAVES, name)
+    operator = getattr(pk, f"gm_{name}")
+    expected = values_and_gradients(operator, problem, leaves, backend="reference", **kwargs)
+    assert_matches(values_and_gradients(operator, problem, leaves, backend="torch", **kwargs), expected, 1e-10)
+
+
+@pytest.mark.parametrize(("name", "kwargs"), [case for case in operator_cases() if "temperature" not in case.id])
+@pytest.mark.parametrize("mode", ["grid", "polynomial"])
+@pytest.mark.parametrize("n_grid", [1, 2, 10])
+def test_dx_fast_path_in_float64(name: str, kwargs: dict[str, Any], mode: str, n_grid: int) -> None:
+    problem, leaves = prepare(dx_problem(n_grid=n_grid), DX_LEAVES, name)
+    operator = getattr(pk, f"dx_{name}")
+    expected = values_and_gradients(operator, problem, leaves, backend="reference", mode=mode, **kwargs)
+    assert_matches(
+        values_and_gradients(operator, problem, leaves, backend="torch", mode=mode, **kwargs), expected, 1e-10
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("k", "c", "spatial"), SHAPES)
+def test_gm_fast_path_in_float32(k: int, c: int, spatial: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Network outputs as a network gives them, against float64 arithmetic on the same values.
+
+    Where the rollout itself magnifies rounding, the textbook's own float32 error is the measure.
+    """
+    n_steps = 12
+    problem = gm_problem(k=k, c=c, spatial=spatial, n_steps=n_steps)
+    for name in ("means", "logweights"):
+        problem[name] = problem[name].to(dtype)
+    single = {**problem, "x_start": problem["x_start"].float(), "x_src": problem["x_src"].float()}
+    exact = {**problem, "x_start": single["x_start"].double(), "x_src": single["x_src"].double()}
+    exact = {name: value.double() for name, value in exact.items()}
+    actual = values_and_gradients(pk.gm_rollout, single, GM_LEAVES)
+    expected = values_and_gradients(pk.gm_rollout, exact, GM_LEAVES, backend="reference")
+    assert actual[0].dtype == torch.float32
+    assert [grad.dtype for grad in actual[3:]] == [dtype, torch.float64, dtype]
+    textbook = values_and_gradients(pk.gm_rollout, single, GM_LEAVES, backend="reference")
+    for i, (a, e, t) in enumerate(zip(actual, expected, textbook, strict=True)):
+        rounding = EPS32 * n_steps**0.5 if i == 0 else max(torch.finfo(a.dtype).eps, 5e-6 * n_steps**0.5)
+        scale = e.abs().max()
+        for norm in (lambda x: x.abs().max(), lambda x: x.square().mean().sqrt()):
+            assert norm(a.double() - e) <= max(2 * norm(t.double() - e), rounding * scale)
+
+
+@pytest.mark.parametrize("logstd", [-8.0, 2.0])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gm_extreme_standard_deviations(logstd: float, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole rollouts from sigma 1 to 0, with a step that does nothing: finite, and as close as float32 allows."""
+    problem = gm_problem(k=8, c=16, spatial=(4, 3), n_steps=16, logstd=logstd)
+    problem["sigmas"] = torch.linspace(1, 0, 17).expand(2, 17).clone().double()
+    problem["sigmas"][1, 8:] = problem["sigmas"][1, 8]
+    problem["sigma_src"] = torch.ones(2, dtype=torch.float64)
+    single = {name: value.float() for name, value in problem.items()}
+    exact = {name: value.double() for name, value in single.items()}
+    expected = pk.gm_rollout(**exact, backend="reference")
+    textbook = pk.gm_rollout(**single, backend="reference")
+    actual = pk.gm_rollout(**single, backend="torch") if backend == "torch" else interpreted("gm_rollout", single)
+    bound = max(2 * (textbook - expected).abs().max().item(), EPS32 * 16**0.5 * expected.abs().max().item())
+    assert (actual - expected).abs().max() <= bound
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1e-4, 0.99])
+def test_gm_velocity_anywhere(sigma: float) -> None:
+    """Finite at sigma 0 and right above sigma_src, where the posterior's denominator is clamped."""
+    problem = as_velocity(gm_problem(batch=1, k=5, c=4))
+    problem |= {"sigma_t": torch.tensor([sigma]).double(), "sigma_src": torch.tensor([0.5]).double()}
+    leaves = ["x_t", *GM_LEAVES[1:]]
+    actual = values_and_gradients(pk.gm_velocity, problem, leaves)
+    assert all(value.isfinite().all() for value in actual)
+    expected = values_and_gradients(pk.gm_velocity, problem, leaves, backend="reference")
+    if (
+        sigma == 0.0
+    ):  # the textbook's own gradient of logstds is cancellation noise there: 5e-10 beside a true value of 3e-5
+        assert (actual.pop(4) - expected.pop(4)).abs().max() < 1e-9
+    assert_matches(actual, expected, 1e-8)
+
+
+def test_gradcheck() -> None:
+    """Against finite differences, so that reference and fast path cannot be wrong together."""
+    gm = gm_problem(k=3, c=2, spatial=(2,), n_steps=3)
+    local = torch.tensor([True, False])
+    target = torch.randn_like(gm["x_src"])
+
+    def gm_operators(
+        x_start: Tensor, x_src: Tensor, means: Tensor, logstds: Tensor, logweights: Tensor
+    ) -> tuple[Tensor, ...]:
+        args = (gm["sigmas"], x_src, gm["sigma_src"], means, logstds, logweights)
+        return (
+            pk.gm_rollout(x_start, *args, temperature=0.5, keep=torch.tensor([[True, False, True], [True] * 3])),
+            pk.gm_mean_velocity(x_start, *args, local=local),
+            pk.gm_mean_velocity_loss(x_start, *args, target, local=local),
+            pk.gm_velocity(x_start, gm["sigmas"][:, 1], *args[1:]),
+        )
+
+    assert torch.autograd.gradcheck(gm_operators, [gm[name].clone().requires_grad_() for name in GM_LEAVES])
+    dx = dx_problem(n_grid=3, c=2, spatial=(2,), n_steps=3)
+
+    def dx_operators(x_start: Tensor, x_src: Tensor, grid: Tensor) -> tuple[Tensor, ...]:
+        args = (x_src, dx["sigma_src"], grid, dx["segment_size"], dx["shift"])
+        return (
+            pk.dx_rollout(x_start, dx["sigmas"], *args),
+            pk.dx_mean_velocity(x_start, dx["sigmas"], *args, local=local),
+            pk.dx_mean_velocity_loss(x_start, dx["sigmas"], *args, target[:, :2], mode="polynomial"),
+            pk.dx_velocity(x_start, dx["sigmas"][:, 1], *args),
+        )
+
+    assert torch.autograd.gradcheck(dx_operators, [dx[name].clone().requires_grad_() for name in DX_LEAVES])
+
+
+def test_blocks_cover_everything() -> None:
+    """More pixels than one block holds, along one axis and over samples, in both spaces."""
+    for k, c, spatial in ((8, 16, (70, 61)), (16, 2, (3, 1900)), (2, 3, (20, 3, 500))):
+        problem = gm_problem(batch=2, k=k, c=c, spatial=spatial, n_steps=2)
+        expected = values_and_gradients(pk.gm_rollout, problem, GM_LEAVES, backend="reference")
+        assert_matches(values_and_gradients(pk.gm_rollout, problem, GM_LEAVES), expected, 1e-9)
+    assert gram_space_is_cheaper(8, 16, 37)
+    assert not gram_space_is_cheaper(8, 16, 1)
+    assert not gram_space_is_cheaper(32, 4, 128)
+
+
+@pytest.mark.parametrize("operator", ["gm_rollout", "gm_mean_velocity"])
+def test_packed_layout_equals_spatial(operator: str) -> None:
+    """Token layout (B, T, K, C p) with channel index c p + sub-pixel."""
+    b, t, k, c, p = 2, 6, 3, 4, 4
+    problem = gm_problem(b, k, c, spatial=(t, p))
+    packed = {
+        **problem,
+        "means": problem["means"].permute(0, 3, 1, 2, 4).flatten(3),
+        "logweights": problem["logweights"][:, :, 0].permute(0, 2, 1, 3),
+        **{name: problem[name].permute(0, 2, 1, 3).flatten(2) for name in ("x_start", "x_src")},
+    }
+    expected = values_and_gradients(getattr(pk, operator), problem, ["x_start", "means", "logweights"])
+    actual = values_and_gradients(getattr(pk, operator), packed, ["x_start", "means", "logweights"], layout="packed")
+    torch.testing.assert_close(actual[0].unflatten(-1, (c, p)).permute(0, 2, 1, 3), expected[0])
+    for backend in ("reference", "torch"):
+        result = getattr(pk, operator)(**packed, layout="packed", backend=backend)
+        torch.testing.assert_close(result, actual[0])
+        assert result.is_contiguous()
+
+
+def test_packed_dx_equals_spatial() -> None:
+    problem = dx_problem(spatial=(3, 2, 4))
+    expected = pk.dx_rollout(**problem)
+    packed = {**problem, "grid": problem["grid"].movedim((1, 2), (-2, -1))}
+    packed |= {name: problem[name].movedim(1, -1) for name in ("x_start", "x_src")}
+    for backend in ("reference", "torch"):
+        torch.testing.assert_close(pk.dx_rollout(**packed, layout="packed", backend=backend).movedim(-1, 1), expected)
+
+
+def test_strided_and_expanded_inputs() -> None:
+    problem = gm_problem(k=4, c=3, spatial=(6, 5))
+    expected = pk.gm_rollout(**problem)
+    channels_last = {**problem}
+    for name in ("x_start", "x_src"):
+        channels_last[name] = problem[name].to(memory_format=torch.channels_last)
+    channels_last["means"] = problem["means"].movedim(1, -1).contiguous().movedim(-1, 1)
+    torch.testing.assert_close(pk.gm_rollout(**channels_last), expected)
+    one = {name: value[:1] for name, value in problem.items()}
+    shared = {name: value.expand(3, *value.shape[1:]) for name, value in one.items()}
+    torch.testing.assert_close(pk.gm_rollout(**shared), pk.gm_rollout(**one).expand(3, -1, -1, -1))
+
+
+def test_scalar_forms() -> None:
+    """Noise levels and standard deviations as floats, 0-d, (1,), (B,), (B, 1, 1, 1); levels as (N + 1,), (1, N + 1)."""
+    problem = gm_problem(batch=2)
+    problem |= {"sigma_src": torch.tensor([0.9, 0.9]), "logstds": torch.tensor([-1.0, -1.0])}
+    problem["sigmas"] = problem["sigmas"][1:].expand(2, -1)
+    expected = pk.gm_rollout(**problem)
+    forms = [
+        {"sigma_src": torch.tensor(0.9), "logstds": -1.0},
+        {"sigma_src": torch.tensor([0.9]), "logstds": torch.full((2, 1, 1, 1), -1.0)},
+        {"sigmas": problem["sigmas"][0]},
+        {"sigmas": problem["sigmas"][:1], "logstds": torch.full((2, 1, 1, 1, 1), -1.0)},
+    ]
+    for form in forms:
+        torch.testing.assert_close(pk.gm_rollout(**{**problem, **form}), expected)
+
+
+def test_zero_size_inputs() -> None:
+    for empty in ({"batch": 0}, {"spatial": (0, 4)}):
+        problem = gm_problem(**empty)
+        assert pk.gm_rollout(**problem).shape == problem["x_src"].shape
+        leaf = problem["means"].requires_grad_()
+        pk.gm_rollout(**{**problem, "means": leaf}).sum().backward()
+        assert leaf.grad.shape == leaf.shape
+
+
+def test_inputs_stay_as_they_are_and_results_repeat() -> None:
+    problem = gm_problem(k=8, c=16, spatial=(30, 31), n_steps=20, dtype=torch.float32)
+    before = {name: value.clone() for name, value in problem.items()}
+    first = values_and_gradients(pk.gm_rollout, problem, GM_LEAVES)
+    second = values_and_gradients(pk.gm_rollout, problem, GM_LEAVES)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(problem[name], before[name]) for name in problem)
+
+
+def test_a_step_that_does_nothing_changes_nothing() -> None:
+    problem = gm_problem(k=4, c=8)
+    padded = {**problem, "sigmas": torch.cat([problem["sigmas"], problem["sigmas"][:, -1:].expand(-1, 3)], dim=1)}
+    torch.testing.assert_close(pk.gm_rollout(**padded), pk.gm_rollout(**problem), rtol=1e-12, atol=1e-12)
+    still = {**problem, "sigmas": problem["sigmas"][:, :1].expand(-1, 4)}
+    torch.testing.assert_close(pk.gm_rollout(**still), problem["x_start"], rtol=1e-12, atol=1e-12)
+
+
+def test_all_components_dropped_keeps_all() -> None:
+    problem = gm_problem()
+    none = torch.zeros(2, 3, dtype=torch.bool)
+    torch.testing.assert_close(pk.gm_rollout(**problem, keep=none), pk.gm_rollout(**problem))
+
+
+def interpreted(operator: str, problem: dict[str, Any], **kwargs: Any) -> Tensor:
+    """The Triton kernel in a process of its own: the interpreter is chosen when triton is imported."""
+    script = (
+        "import sys, torch, piflow_kernels as pk; problem, kwargs = torch.load(sys.argv[1], weights_only=True);"
+        f"torch.save(pk.{operator}(**problem, **kwargs, backend='triton'), sys.argv[2])"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save((problem, kwargs), f"{folder}/in.pt")
+        env = {**os.environ, "TRITON_INTERPRET": "1"}
+        subprocess.run([sys.executable, "-c", script, f"{folder}/in.pt", f"{folder}/out.pt"], check=True, env=env)
+        return torch.load(f"{folder}/out.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("k", "c", "spatial", "dtype"),
+    [
+        (8, 16, (9, 7), torch.bfloat16),
+        (32, 4, (5, 6), torch.float16),
+        (5, 3, (2, 3, 7), torch.float32),
+        (1, 4, (1,), torch.float32),
+    ],
+)
+@pytest.mark.parametrize("n_steps", [1, 9])
+def test_triton_rollout_interpreted(k: int, c: int, spatial: tuple[int, ...], dtype: torch.dtype, n_steps: int) -> None:
+    problem = gm_problem(k=k, c=c, spatial=spatial, n_steps=n_steps)
+    single = {name: value.float() for name, value in problem.items()}
+    single |= {name: problem[name].to(dtype) for name in ("means", "logweights")}
+    keep = torch.rand(2, k, generator=torch.Generator().manual_seed(3)) > 0.3
+    actual = interpreted("gm_rollout", single, keep=keep, temperature=0.7)
+    exact = {name: value.double() for name, value in single.items()}
+    expected = pk.gm_rollout(**exact, keep=keep, temperature=0.7, backend="reference")
+    assert actual.dtype == torch.float32
+    assert_matches([actual], [expected], EPS32 * n_steps)
+
+
+def test_triton_reads_packed_layout_through_strides() -> None:
+    g = torch.Generator().manual_seed(0)
+    b, t, k, c, p = 2, 12, 4, 4, 4
+    x = torch.randn(b, t, c * p, generator=g)
+    problem = {
+        "x_start": x,
+        "sigmas": torch.linspace(1, 0, 6),
+        "x_src": x,
+        "sigma_src": torch.ones(b),
+        "means": torch.randn(b, t, k, c * p, generator=g).bfloat16(),
+        "logstds": torch.full((b, 1, 1, 1), -1.0),
+        "logweights": torch.randn(b, t, k, p, generator=g),
+    }
+    actual = interpreted("gm_rollout", problem, layout="packed")
+    torch.testing.assert_close(actual, pk.gm_rollout(**problem, layout="packed"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gm_rollout", "dx_rollout", "gm_mean_velocity_loss"])
+def test_torch_compile_fullgraph(name: str) -> None:
+    problem = gm_problem(dtype=torch.float32) if name.startswith("gm") else dx_problem(dtype=torch.float32)
+    leaf = "means" if name.startswith("gm") else "grid"
+    if name.endswith("loss"):
+        problem["target"] = problem["x_src"] + 1
+
+    def run(x: Tensor, levels: Tensor) -> Tensor:
+        return getattr(pk, name)(**{**problem, leaf: x, "sigmas": levels}) * 2
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    x = problem[leaf].requires_grad_()
+    for levels in (problem["sigmas"], problem["sigmas"] * 0.9):
+        expected, actual = run(x, levels), compiled(x, levels)
+        torch.testing.assert_close(actual, expected)
+        (expected_grad,) = torch.autograd.grad(expected.sum(), x)
+        torch.testing.assert_close(torch.autograd.grad(actual.sum(), x)[0], expected_grad)
+
+
+def test_opcheck() -> None:
+    from piflow_kernels.dx import op as dx
+    from piflow_kernels.gm import op as gm
+
+    p = gm_problem(k=8, c=16, spatial=(4, 3), dtype=torch.float32)
+    levels, src, stds = p["sigmas"], p["sigma_src"], p["logstds"].double()
+    args = (p["x_start"], levels, None, p["x_src"], src, p["means"], stds, p["logweights"], 1e-6)
+    torch.library.opcheck(gm.gm_integrate, (*args, None, "torch", False))
+    torch.library.opcheck(gm.gm_integrate, (*args, 1e-4, "torch", False))
+    torch.library.opcheck(gm.gm_integrate_backward, (p["x_src"], *args, None))
+    d = dx_problem(dtype=torch.float32)
+    size, shift = d["segment_size"].double(), torch.full((2,), 3.2).double()
+    dx_args = (d["x_start"], d["sigmas"], None, d["x_src"], d["sigma_src"], d["grid"], size, shift, "grid", 1e-4)
+    torch.library.opcheck(dx.dx_integrate, (*dx_args, None, False))
+    torch.library.opcheck(dx.dx_integrate_backward, (d["x_src"], *dx_args, 1e-4))
+
+
+GM_ERRORS = [
+    ({"means": torch.zeros(2, 3, 4)}, "means: expected"),
+    ({"means": torch.zeros(2, 3, 4, 3, 5, dtype=torch.int64)}, "means: expected dtype"),
+    ({"logweights": torch.zeros(2, 3, 3, 5)}, "logweights: expected"),
+    ({"x_src": torch.zeros(2, 4, 3, 6)}, "x_src: expected shape"),
+    ({"x_start": torch.zeros(1, 4, 3, 5)}, "x_start: expected shape"),
+    ({"x_start": torch.zeros(2, 4, 3, 5, dtype=torch.bfloat16)}, "x_start: expected dtype"),
+    ({"x_src": torch.zeros(2, 4, 3, 5, device="meta")}, "x_src: expected a tensor on cpu"),
+    ({"logstds": torch.zeros(3)}, "logstds: expected one value per sample"),
+    ({"sigma_src": torch.zeros(2, 2)}, "sigma_src: expected one value per sample"),
+    ({"sigmas": torch.zeros(3, 4)}, "sigmas: expected"),
+    ({"sigmas": torch.tensor([0.5, 0.7])}, "sigmas: expected non-increasing"),
+    ({"sigmas": torch.tensor([0.9, 0.1])}, "sigmas: expected sigmas"),
+    ({"sigmas": torch.tensor([0.5, float("nan")])}, "sigmas: expected noise levels within"),
+    ({"sigmas": torch.tensor([0.5, -0.2])}, "sigmas: expected noise levels within"),
+    ({"sigma_src": torch.tensor([0.5, 1.2])}, "sigma_src: expected noise levels within"),
+    ({"temperature": -1.0}, "temperature: expected"),
+    ({"keep": torch.ones(2, 4, dtype=torch.bool)}, "keep: expected a bool tensor"),
+    ({"layout": "tokens"}, "layout: expected one of"),
+    ({"backend": "cuda"}, "backend: expected None or one of"),
+    ({"backend": "triton"}, "backend: 'triton' cannot run here"),
+    ({"eps": 0.0}, "eps: expected a positive"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), GM_ERRORS)
+def test_gm_errors_name_the_argument(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace("[", r"\[")):
+        pk.gm_rollout(**{**gm_problem(dtype=torch.float32), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "spline"}, "mode: expected one of"),
+        ({"shift": 0.0}, "shift: expected a positive"),
+        ({"segment_size": torch.tensor([0.5, -0.5])}, "segment_size: expected positive"),
+        ({"grid": torch.zeros(2, 4)}, "grid: expected"),
+        ({"x_start": torch.zeros(2, 3, 5, 5)}, "x_start: expected shape"),
+        ({"backend": "triton"}, "backend: 'triton'"),
+    ],
+)
+def test_dx_errors_name_the_argument(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pk.dx_rollout(**{**dx_problem(dtype=torch.float32), **change})
