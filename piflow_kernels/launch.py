@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +16,18 @@ from .gm.torch_path import gram_space_is_cheaper
 LARGEST_GRAM = 8
 """Components up to which K (K + 1) / 2 + 3 K live values per pixel stay in registers (DESIGN 2.2)."""
 
-LARGEST_CHANNEL = 256
-"""K C velocities per pixel up to which a channel-space tile stays in registers."""
+LARGEST_TILE, MOST_CHANNELS = 128, 16
+"""Velocities and channels per pixel up to which channel space stays in registers."""
+
+
+def kernel_form(n_components: int, n_channels: int, n_steps: int) -> Literal["gram", "channel"] | None:
+    """The cheaper form among those that fit in registers; None where this version has no kernel."""
+    gram = n_components <= LARGEST_GRAM
+    padded = 1 << (n_components - 1).bit_length()
+    channel = padded * n_channels <= LARGEST_TILE and n_channels <= MOST_CHANNELS
+    if gram and (not channel or gram_space_is_cheaper(n_components, n_channels, n_steps)):
+        return "gram"
+    return "channel" if channel else None
 
 
 def why_triton_cannot_run(device: torch.device) -> str | None:
@@ -55,10 +65,10 @@ def launch_gm_integrate(
 
     batch, n_components, n_channels = means.shape[:3]
     n_steps = coefficients.steps.shape[1]
+    form = kernel_form(n_components, n_channels, n_steps)
     if x_start.dtype == torch.float64:
         raise ValueError("backend: 'triton' computes in float32, but an input is float64; use 'torch' or 'reference'")
-    gram = n_components <= LARGEST_GRAM and gram_space_is_cheaper(n_components, n_channels, n_steps)
-    if not gram and n_components * n_channels > LARGEST_CHANNEL:
+    if form is None:
         raise ValueError(
             f"backend: 'triton' has no GM kernel for K = {n_components}, C = {n_channels} in this version; use 'torch'"
         )
@@ -71,10 +81,10 @@ def launch_gm_integrate(
     steps, out = (part.to(torch.float32).contiguous() for part in coefficients)
 
     # The interpreter pays per program, a GPU for registers: few large programs there, a warp's worth of pixels here.
-    block = min(triton.next_power_of_2(n_pixels), 4096) if is_interpreted() else (128 if gram else 32)
+    block = min(triton.next_power_of_2(n_pixels), 4096) if is_interpreted() else (128 if form == "gram" else 32)
     grid = (triton.cdiv(n_pixels, block), batch)
-    kernel: Any = kernels.gm_gram_rollout_kernel if gram else kernels.gm_channel_rollout_kernel
-    tile = {} if gram else {"K_TILE": triton.next_power_of_2(n_components)}
+    kernel: Any = kernels.gm_gram_rollout_kernel if form == "gram" else kernels.gm_channel_rollout_kernel
+    tile = {} if form == "gram" else {"K_TILE": triton.next_power_of_2(n_components)}
     strides = [s for tensor in (x_start, x_src, means, logweights, pixels) for s in tensor.stride()]
     with torch.cuda.device(means.device) if means.is_cuda else contextlib.nullcontext():
         kernel[grid](

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import arguments as arg
 from ..arguments import Backend, Layout
+from ..launch import kernel_form
 from ..substeps import steps_of
 from . import reference, torch_path
 from .coefficients import gm_coefficients, gm_coefficients_and_tangent, variance_of
@@ -229,10 +230,14 @@ def integrate(
     check: bool,
 ) -> Tensor:
     """Dispatch of every GM operator; x_start is canonical, the result in the caller's layout."""
-    backend = arg.resolve_backend(backend, mixture.means.device)
+    forced, backend = backend, arg.resolve_backend(backend, mixture.means.device)
     dtype = arg.computing_dtype(x_start, mixture.x_src, mixture.means)
     x_start, x_src = x_start.to(dtype), mixture.x_src.to(dtype)
     sigmas = sigmas.detach()
+    n_components, n_channels = mixture.means.shape[1:3]
+    covered = dtype == torch.float32 and kernel_form(n_components, n_channels, sigmas.shape[1] - 1) is not None
+    if forced is None and not covered:
+        backend = "torch"  # the default is the fastest that there is; a forced backend stays, and says why it cannot
     if backend != "reference":
         args = (x_src, mixture.sigma_src, mixture.means, mixture.logstds, mixture.logweights)
         result = GMIntegrate.apply(x_start, sigmas, local, *args, eps, min_delta, backend, check)
@@ -279,7 +284,8 @@ def gm_velocity(
         temperature: below 1, sharpens the mixture (logweights / T, variance T); None or >= 1 does nothing.
         keep: (B, K) bool, components that stay (component dropout); where a sample keeps none, it keeps all.
         layout: "spatial" or "packed".
-        backend: None (Triton on a GPU, else PyTorch), "reference", "torch" or "triton".
+        backend: None (Triton on a GPU where a kernel covers K, C and dtype, else PyTorch), or one to force:
+            "reference", "torch" or "triton".
         check: also check the noise levels' values on a GPU, where reading them synchronises.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Kernels compile ahead of time for every GPU generation supported, without a GPU, and nothing spills to local memory."""
+"""Kernels compile ahead of time, without a GPU, for every generation supported, and nothing spills."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from piflow_kernels.gm import kernels  # noqa: E402
+from piflow_kernels.launch import kernel_form  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+GRAM, CHANNEL = kernels.gm_gram_rollout_kernel, kernels.gm_channel_rollout_kernel
 SPECIALISATIONS = {
-    "gram-K8-C16": (kernels.gm_gram_rollout_kernel, {"K": 8, "C": 16, "BLOCK": 128}),
-    "channel-K32-C4": (kernels.gm_channel_rollout_kernel, {"K": 32, "C": 4, "K_TILE": 32, "BLOCK": 32}),
+    "gram-K8-C16": (GRAM, {"K": 8, "C": 16, "BLOCK": 128}),
+    "gram-K8-C64": (GRAM, {"K": 8, "C": 64, "BLOCK": 128}),
+    "channel-K32-C4": (CHANNEL, {"K": 32, "C": 4, "K_TILE": 32, "BLOCK": 32}),
+    "channel-K8-C16": (CHANNEL, {"K": 8, "C": 16, "K_TILE": 8, "BLOCK": 32}),
 }
 
 
@@ -35,6 +39,15 @@ def signature(kernel: Any, constants: dict[str, int], network_dtype: str) -> dic
         else:
             types[name] = "i32"
     return types
+
+
+def test_the_form_is_one_that_fits() -> None:
+    """One rule from (K, C, N); what no kernel covers is None, never a spill."""
+    assert kernel_form(8, 16, 37) == "gram"
+    assert kernel_form(8, 16, 1) == "channel"
+    assert kernel_form(32, 4, 128) == "channel"
+    assert kernel_form(8, 64, 1) == "gram"  # channel space would be cheaper, but does not fit
+    assert kernel_form(16, 16, 37) is None
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
