@@ -1,0 +1,262 @@
+"""Students on diffusers' class-conditional DiT: the teacher's network with a Gaussian-mixture output head."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiTTransformer2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
+from safetensors.torch import load_file
+from torch import Generator, Tensor, nn
+
+
+class GMOutput(NamedTuple):
+    """A Gaussian mixture over velocities at the source state (arXiv 2510.14974, section 3).
+
+    `means` (B, K, C, H, W), `logstds` (B, 1, 1, 1, 1), `logweights` (B, K, 1, H, W) normalised over K.
+    """
+
+    means: Tensor
+    logstds: Tensor
+    logweights: Tensor
+
+
+class _GivenConditioning(nn.Module):
+    """Stands where a DiT block keeps its own embedder: the conditioning vector comes in through `timestep`."""
+
+    def forward(self, timestep: Tensor, class_labels: Tensor | None = None, hidden_dtype: object = None) -> Tensor:
+        return timestep
+
+
+class GMDiTTransformer2DModelV2(DiTTransformer2DModel):
+    """DiT with a GMFlow head, under the published parameter names and configuration keys.
+
+    All blocks share one embedder `emb`, with the timestep frequencies of the original DiT, 10000^(-i/128). With
+    `shared_embedding=False` each block has its own (`emb.0`, `emb.1`, ...), with 10000^(-i/127), as in diffusers' plain
+    DiT. The class table has one row more than `num_embeds_ada_norm`: the null class.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_gaussians: int = 16,
+        constant_logstd: float | None = None,
+        logstd_inner_dim: int = 1024,
+        gm_num_logstd_layers: int = 2,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_layers: int = 28,
+        dropout: float = 0.0,
+        norm_num_groups: int = 32,
+        attention_bias: bool = True,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        activation_fn: str = "gelu-approximate",
+        num_embeds_ada_norm: int = 1000,
+        upcast_attention: bool = False,
+        norm_type: str = "ada_norm_zero",
+        norm_elementwise_affine: bool = False,
+        norm_eps: float = 1e-5,
+        class_dropout_prob: float = 0.0,
+        shared_embedding: bool = True,
+    ) -> None:
+        super().__init__(
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_layers=num_layers,
+            dropout=dropout,
+            norm_num_groups=norm_num_groups,
+            attention_bias=attention_bias,
+            sample_size=sample_size,
+            patch_size=patch_size,
+            activation_fn=activation_fn,
+            num_embeds_ada_norm=num_embeds_ada_norm,
+            upcast_attention=upcast_attention,
+            norm_type=norm_type,
+            norm_elementwise_affine=norm_elementwise_affine,
+            norm_eps=norm_eps,
+        )
+        embedders = [block.norm1.emb for block in self.transformer_blocks]
+        for embedder in embedders:
+            embedder.class_embedder.dropout_prob = class_dropout_prob
+            embedder.time_proj.downscale_freq_shift = 0 if shared_embedding else 1
+        self.emb = embedders[0] if shared_embedding else nn.ModuleList(embedders)
+        for block in self.transformer_blocks:
+            block.norm1.emb = _GivenConditioning()
+
+        del self.proj_out_2
+        subpixels = patch_size * patch_size
+        self.proj_out_means = nn.Linear(self.inner_dim, subpixels * num_gaussians * self.out_channels)
+        self.proj_out_logweights = nn.Linear(self.inner_dim, subpixels * num_gaussians)
+        if constant_logstd is None:
+            widths = [self.inner_dim] + [logstd_inner_dim] * (gm_num_logstd_layers - 1) + [1]
+            layers = [layer for a, b in pairwise(widths) for layer in (nn.SiLU(), nn.Linear(a, b))]
+            self.proj_out_logstds = nn.Sequential(*layers)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor,
+    ) -> GMOutput:
+        """The mixture predicted at the source state `hidden_states` (B, C, H, W).
+
+        `timestep` (B,) or a scalar is 1000 sigma_src; `class_labels` (B,) int64 lie in [0, num_embeds_ada_norm], the
+        last of which is the null class. Raises ValueError for shapes or labels (on the CPU) that do not fit.
+        """
+        batch, _, height, width = self._check(hidden_states, class_labels)
+        timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch)
+        tokens = self.pos_embed(hidden_states)
+        embedders = list(self.emb) if isinstance(self.emb, nn.ModuleList) else [self.emb]
+        conditionings = [embed(timestep, class_labels, hidden_dtype=tokens.dtype) for embed in embedders]
+        if len(conditionings) == 1:
+            conditionings *= len(self.transformer_blocks)
+        for block, conditioning in zip(self.transformer_blocks, conditionings):
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(block, tokens, None, None, None, conditioning)
+            else:
+                tokens = block(tokens, timestep=conditioning)
+
+        shift, scale = self.proj_out_1(F.silu(conditionings[0])).chunk(2, dim=1)
+        tokens = self.norm_out(tokens) * (1 + scale[:, None]) + shift[:, None]
+        grid = (height // self.patch_size, width // self.patch_size)
+        means = self._unpatchify(self.proj_out_means(tokens), grid, self.out_channels)
+        logweights = self._unpatchify(self.proj_out_logweights(tokens), grid, 1).log_softmax(dim=1)
+        if self.config.constant_logstd is None:
+            logstds = self.proj_out_logstds(conditionings[0]).reshape(batch, 1, 1, 1, 1)
+        else:
+            logstds = means.new_full((batch, 1, 1, 1, 1), self.config.constant_logstd)
+        return GMOutput(means, logstds, logweights)
+
+    def _unpatchify(self, tokens: Tensor, grid: tuple[int, int], channels: int) -> Tensor:
+        """(B, h w, p p K C) with channel index (ph, pw, K, C) -> (B, K, C, h p, w p)."""
+        (h, w), p, k = grid, self.patch_size, self.config.num_gaussians
+        pixels = tokens.reshape(-1, h, w, p, p, k, channels).permute(0, 5, 6, 1, 3, 2, 4)
+        return pixels.reshape(-1, k, channels, h * p, w * p)
+
+    def _check(self, hidden_states: Tensor, class_labels: Tensor) -> torch.Size:
+        channels, p, classes = self.config.in_channels, self.patch_size, self.config.num_embeds_ada_norm
+        shape = hidden_states.shape
+        if len(shape) != 4 or shape[1] != channels or shape[2] % p or shape[3] % p:
+            raise ValueError(
+                f"hidden_states must be (B, {channels}, H, W) with H, W multiples of {p}, got {tuple(shape)}."
+            )
+        if class_labels.shape != shape[:1]:
+            raise ValueError(f"class_labels must be ({shape[0]},), one per sample, got {tuple(class_labels.shape)}.")
+        check_class_labels(class_labels, classes)
+        return shape
+
+    @classmethod
+    def from_teacher(
+        cls,
+        teacher: DiTTransformer2DModel,
+        num_gaussians: int = 8,
+        *,
+        logstd: float = -1.0,
+        spread: float = 0.3,
+        logstd_inner_dim: int | None = None,
+        gm_num_logstd_layers: int = 2,
+        constant_logstd: float | None = None,
+        generator: Generator | None = None,
+    ) -> Self:
+        """A student whose policy has the teacher's velocity at every source state.
+
+        Every component starts at the teacher's output plus a constant offset of standard deviation `spread`; the
+        offsets break the symmetry and average to zero under the uniform weights. `logstd` is the mixture's initial log
+        standard deviation. The weights are copies, in the teacher's dtype; `generator` makes every draw.
+        """
+        if num_gaussians < 1:
+            raise ValueError(f"num_gaussians must be at least 1, got {num_gaussians}.")
+        weights = teacher.state_dict()
+        blocks = range(teacher.config.num_layers)
+        embedders = [_strip(weights, f"transformer_blocks.{i}.norm1.emb.") for i in blocks]
+        original_frequencies = teacher.transformer_blocks[0].norm1.emb.time_proj.downscale_freq_shift == 0
+        shared = original_frequencies and all(torch.equal(e[key], embedders[0][key]) for e in embedders for key in e)
+        config = {key: value for key, value in teacher.config.items() if not key.startswith("_")}
+        student = cls(
+            **config,
+            num_gaussians=num_gaussians,
+            constant_logstd=constant_logstd,
+            logstd_inner_dim=logstd_inner_dim or teacher.inner_dim,
+            gm_num_logstd_layers=gm_num_logstd_layers,
+            shared_embedding=shared,
+        )
+        if teacher.dtype != student.dtype:
+            student.to(teacher.dtype)
+
+        body = {key: value for key, value in weights.items() if ".norm1.emb." not in key and "proj_out_2" not in key}
+        for i, embedder in enumerate(embedders[:1] if shared else embedders):
+            body |= {f"emb.{key}" if shared else f"emb.{i}.{key}": value for key, value in embedder.items()}
+        student.load_state_dict(body, strict=False)
+
+        k, c, subpixels = num_gaussians, student.out_channels, student.patch_size**2
+        weight, bias = weights["proj_out_2.weight"], weights["proj_out_2.bias"]
+        offsets = spread * torch.randn(subpixels, k, c, generator=generator).to(bias)
+        offsets = offsets - offsets.mean(dim=1, keepdim=True)
+        with torch.no_grad():
+            student.proj_out_means.weight.copy_(
+                weight.reshape(subpixels, 1, c, -1).expand(-1, k, -1, -1).reshape(subpixels * k * c, -1)
+            )
+            student.proj_out_means.bias.copy_((bias.reshape(subpixels, 1, c) + offsets).flatten())
+            student.proj_out_logweights.weight.zero_()
+            student.proj_out_logweights.bias.zero_()
+            if constant_logstd is None:
+                for layer in student.proj_out_logstds[1::2]:
+                    nn.init.xavier_uniform_(layer.weight, generator=generator)
+                    layer.bias.zero_()
+                student.proj_out_logstds[-1].weight.zero_()
+                student.proj_out_logstds[-1].bias.fill_(logstd)
+        return student
+
+
+def check_class_labels(class_labels: Tensor, classes: int) -> None:
+    """ValueError naming the first label outside [0, classes], `classes` being the null class. Unchecked on a GPU."""
+    if class_labels.device.type == "cpu":
+        wrong = class_labels[(class_labels < 0) | (class_labels > classes)]
+        if wrong.numel():
+            raise ValueError(
+                f"class label {wrong[0].item()} is out of range: this network takes 0 to {classes - 1}, "
+                f"and {classes} for no class."
+            )
+
+
+def load_dit_teacher(folder: str | Path) -> DiTTransformer2DModel:
+    """A DiT saved with one shared embedder (`emb.*`, as the published ImageNet teachers are) as diffusers' plain DiT.
+
+    The blocks then share the embedder module. A folder in diffusers' own layout loads as well.
+    Raises FileNotFoundError.
+    """
+    folder = Path(folder)
+    missing = [name for name in ("config.json", "diffusion_pytorch_model.safetensors") if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"no DiT in {folder}: {missing[0]} is missing.")
+    config = json.loads((folder / "config.json").read_text())
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    config = {k: v for k, v in config.items() if not k.startswith("_") and k != "class_dropout_prob"}
+    teacher = DiTTransformer2DModel(**config)
+    if "emb.class_embedder.embedding_table.weight" in weights:
+        shared: CombinedTimestepLabelEmbeddings = teacher.transformer_blocks[0].norm1.emb
+        shared.time_proj.downscale_freq_shift = 0
+        for block in teacher.transformer_blocks:
+            block.norm1.emb = shared
+        embedder = _strip(weights, "emb.")
+        shared.load_state_dict(embedder)
+        weights = {key: value for key, value in weights.items() if not key.startswith("emb.")}
+        for i in range(config["num_layers"]):
+            weights |= {f"transformer_blocks.{i}.norm1.emb.{key}": value for key, value in embedder.items()}
+    teacher.load_state_dict(weights)
+    return teacher.eval()
+
+
+def _strip(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
