@@ -1,0 +1,107 @@
+"""Distil a few-step student from a teacher with pi-ID, on as many processes as the launcher starts.
+
+    deepspeed --module piflow.train CONFIG.yaml [a.b=c ...] [--resume auto|latest|never|PATH] [--dry-run]
+
+Ends with exit code 0, or with one message and 1 (the run failed), 2 (configuration), 3 (checkpoint). SIGINT and SIGTERM
+finish the step, save, say how to go on, and end with 128 + their number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+from piflow.training.config import TrainConfig, load_config
+from piflow.training.errors import TrainingError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """One rank of the command; returns the exit code."""
+    arguments = _parse(argv)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            return _dry_run(config) if rank == 0 else 0
+        return _run(config, arguments)
+    except TrainingError as error:
+        if rank == 0:
+            print(f"piflow.train: {error}", file=sys.stderr, flush=True)
+        return _leave(error.exit_code, rank)
+
+
+def _run(config: TrainConfig, arguments: argparse.Namespace) -> int:
+    from piflow.training.engine import prepare_process
+
+    rank, world_size = prepare_process()
+    from piflow.training.logging import RunLogger
+    from piflow.training.loop import Trainer
+
+    trainer = Trainer(config, rank, world_size)
+    messages = trainer.resume(arguments.resume)
+    start = trainer.progress.iteration
+    with RunLogger(trainer.output_dir / "tensorboard", config.iterations, start, config.log_every, rank == 0) as logger:
+        if rank == 0:
+            (trainer.output_dir / "config.yaml").write_text(config.to_yaml())
+        for message in messages:
+            logger.say(message)
+        logger.say(f"{arguments.config}: {config.iterations - start} iterations on {world_size} process(es)")
+        stopped_by = trainer.train(logger)
+        if stopped_by:
+            logger.say(
+                f"stopped by {signal.Signals(stopped_by).name} after iteration {trainer.progress.iteration}; "
+                f"everything is saved in {trainer.checkpoints}. Go on with:\n  {_resume_command(arguments, world_size)}"
+            )
+            return _leave(128 + stopped_by, rank)
+        logger.say(f"student saved in {trainer.export()}")
+    return 0
+
+
+def _leave(exit_code: int, rank: int) -> int:
+    """The launcher kills all ranks once one has failed: rank 0 goes first, so that its message is complete."""
+    if rank != 0:
+        time.sleep(10)
+    return exit_code
+
+
+def _resume_command(arguments: argparse.Namespace, world_size: int) -> str:
+    words = ["deepspeed", "--num_gpus", str(world_size), "--module", "piflow.train", arguments.config]
+    prefix = "DS_ACCELERATOR=cpu " if os.environ.get("DS_ACCELERATOR") == "cpu" else ""
+    return prefix + shlex.join([*words, *arguments.overrides, "--resume", "latest"])
+
+
+def _dry_run(config: TrainConfig) -> int:
+    from piflow.training.module import build_module
+
+    module = build_module(config)
+    print(config.to_yaml(), end="")
+    for name, network in (("student", module.student), ("teacher", module.teacher)):
+        print(f"# {name}: {sum(p.numel() for p in network.parameters()):,} parameters")
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="piflow.train", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides of configuration keys")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|latest|never|PATH",
+        help="auto: the newest checkpoint in output_dir if there is one (default); latest: there must be one; "
+        "never: there must be none; PATH: this checkpoint",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and parameter counts")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
+    return parser.parse_intermixed_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

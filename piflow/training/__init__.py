@@ -1,0 +1,1 @@
+"""Distillation on DeepSpeed ZeRO-3: configuration, data, engine, average, checkpoints, loop."""

@@ -1,0 +1,91 @@
+"""One DeepSpeed ZeRO-3 engine around the whole pi-ID micro-step."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from piflow.training.config import TrainConfig
+from piflow.training.module import PiIDModule
+
+
+def prepare_process() -> tuple[int, int]:
+    """Choose the accelerator, join the process group, bound the CPU threads; returns (rank, world size).
+
+    Without a GPU this is DeepSpeed's CPU accelerator over gloo. A process started without a launcher is a world of one.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "29500")
+    local_size = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max((os.cpu_count() or 1) // local_size, 1))))
+
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*(reduce_scatter|all_gather).*is deprecated")
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    deepspeed.utils.logger.setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING").upper())
+    backend = "nccl" if get_accelerator().device_name() == "cuda" else "gloo"
+    if torch.cuda.is_available():
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
+    """The engine's settings. Clipping is explicit, because DeepSpeed's default changed between versions."""
+    return {
+        "train_micro_batch_size_per_gpu": config.batch_size_per_rank,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optimizer.gradient_clipping,
+        "bf16": {"enabled": config.precision == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "steps_per_print": 2**31,
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": torch.cuda.is_available(),
+            "memory_efficient_linear": False,  # it would replace F.linear in the whole process
+            "stage3_prefetch_bucket_size": config.zero.prefetch_bucket_size,
+            "stage3_max_live_parameters": config.zero.max_live_parameters,
+            "stage3_max_reuse_distance": config.zero.max_reuse_distance,
+            "stage3_param_persistence_threshold": config.zero.param_persistence_threshold,
+            "log_trace_cache_warnings": True,
+        },
+    }
+
+
+def build_engine(module: PiIDModule, config: TrainConfig) -> Any:
+    """The DeepSpeed engine of `module`: parameters partitioned over the ranks, AdamW on the student's shards."""
+    import deepspeed
+
+    for leaf in module.leaf_modules():
+        deepspeed.utils.set_z3_leaf_module(leaf, True)
+    settings = deepspeed_config(config)
+    module.to(torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
+    deepspeed.zero.Init(module=module, config_dict_or_path=settings)  # partitions before anything is put on a GPU
+    engine, _, _, _ = deepspeed.initialize(model=module, optimizer=build_optimizer(module, config), config=settings)
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(engine.device)
+    return engine
+
+
+def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Fused AdamW over the trainable parameters."""
+    settings = config.optimizer
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        trainable, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+    )
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """Set it for the coming step, in every parameter group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate

@@ -1,0 +1,58 @@
+"""The order of the data depends on (seed, position) alone, at any world size."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+import torch
+
+from piflow.training.config import DataConfig
+from piflow.training.data import PositionSampler, build_loader, derive_seed
+
+
+def stream(world_size: int, global_batch: int, batches: int, position: int = 0, size: int = 50) -> list[int]:
+    """The global stream as the ranks read it together."""
+    ranks = [
+        islice(iter(PositionSampler(size, 7, global_batch // world_size, position, rank, world_size)), batches)
+        for rank in range(world_size)
+    ]
+    return [index for batch in zip(*ranks) for part in batch for index in part]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_same_stream_at_any_world_size(world_size: int) -> None:
+    assert stream(world_size, 6, 20) == stream(1, 6, 20)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_resume_in_the_middle(world_size: int) -> None:
+    assert stream(world_size, 6, 11, position=9 * 6) == stream(1, 6, 20)[9 * 6 :]
+
+
+def test_each_epoch_is_a_new_permutation() -> None:
+    both = stream(1, 10, 10)
+    first, second = both[:50], both[50:]
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+    assert first != list(range(50))
+
+
+def test_seeds_are_independent() -> None:
+    assert len({derive_seed(0, 1), derive_seed(1, 0), derive_seed(0, 0, 1), derive_seed(1)}) == 4
+
+
+def test_digits_loader_resumes() -> None:
+    def read(position: int, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return list(islice(build_loader(DataConfig(), 3, 4, position, rank=1, world_size=2), count))
+
+    whole, tail = read(0, 4), read(16, 2)
+    for (images, labels), (later_images, later_labels) in zip(whole[2:], tail):
+        assert images.shape == (4, 1, 8, 8)
+        assert torch.equal(images, later_images)
+        assert torch.equal(labels, later_labels)
+
+
+def test_empty_dataset() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        PositionSampler(0, 0, 1)
