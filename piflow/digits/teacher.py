@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from piflow.digits.data import IMAGE_SHAPE, NULL_CLASS, NUM_CLASSES, check_labels, load_digits_images
+from piflow.distillation import VelocityFn, flow_matching_loss, guided_teacher
 from piflow.noise_schedule import NoiseSchedule
 
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "teacher"
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
-Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, C, *S), sigma (B,)) -> u (B, C, *S)
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,9 @@ def build_teacher(recipe: TeacherRecipe) -> DiTTransformer2DModel:
     return model.eval()
 
 
-def flow_matching_loss(
-    model: DiTTransformer2DModel, x_0: Tensor, labels: Tensor, sigma: Tensor, noise: Tensor
-) -> Tensor:
-    """Mean squared error of the velocity: x_0, noise (B, C, H, W), labels (B,) with the null class, sigma (B,)."""
-    sigma_ = sigma[:, None, None, None]
-    x_t = (1 - sigma_) * x_0 + sigma_ * noise
-    u = model(x_t, timestep=1000 * sigma, class_labels=labels).sample
-    return (u - (noise - x_0)).square().mean()
+def network_velocity(model: DiTTransformer2DModel, labels: Tensor) -> VelocityFn:
+    """The network as a velocity field for fixed labels (B,), the null class among them."""
+    return lambda x_t, sigma: model(x_t, timestep=1000 * sigma, class_labels=labels).sample
 
 
 def train_teacher(
@@ -113,7 +108,8 @@ def train_teacher(
     ema = AveragedModel(model, multi_avg_fn=_warmed_up_ema(recipe.ema_decay))
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, betas=(0.9, recipe.adam_beta2))
 
-    losses = []
+    losses: list[float] = []
+    schedule = NoiseSchedule()
     strata = torch.arange(recipe.batch_size)
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
@@ -123,7 +119,8 @@ def train_teacher(
         sigma = (strata + torch.rand(recipe.batch_size, generator=generator)) / recipe.batch_size  # stratified uniform
         noise = torch.randn(recipe.batch_size, *IMAGE_SHAPE, generator=generator)
 
-        loss = flow_matching_loss(model, images[index], labels[index].masked_fill(dropped, NULL_CLASS), sigma, noise)
+        velocity = network_velocity(model, labels[index].masked_fill(dropped, NULL_CLASS))
+        loss = flow_matching_loss(velocity, images[index], schedule, loss_scale=2.0, raw_t=sigma, noise=noise).loss
         if not loss.isfinite():
             raise FloatingPointError(f"The teacher's loss is {loss.item()} at step {step}: lower learning_rate.")
         optimizer.zero_grad()
@@ -185,7 +182,7 @@ def load_teacher(path: Path | str | None = None) -> DiTTransformer2DModel:
     return model.eval().requires_grad_(False)
 
 
-def teacher_velocity(model: DiTTransformer2DModel, labels: Tensor, guidance_scale: float) -> Velocity:
+def teacher_velocity(model: DiTTransformer2DModel, labels: Tensor, guidance_scale: float) -> VelocityFn:
     """The guided teacher as a velocity field (x_t (B, C, H, W), sigma (B,)) -> u (B, C, H, W), without gradients.
 
         u = u_uncond + guidance_scale (u_cond - u_uncond),    both from one forward pass with a doubled batch
@@ -196,20 +193,16 @@ def teacher_velocity(model: DiTTransformer2DModel, labels: Tensor, guidance_scal
     Raises:
         ValueError: a label is out of range.
     """
-    check_labels(labels, model.config.num_embeds_ada_norm)
-    both_labels = torch.cat([torch.full_like(labels, model.config.num_embeds_ada_norm), labels])
+    null_class = model.config.num_embeds_ada_norm
+    check_labels(labels, null_class)
 
-    @torch.no_grad()
-    def velocity(x_t: Tensor, sigma: Tensor) -> Tensor:
-        timestep = 1000 * sigma.reshape(-1).expand(len(x_t))
-        both = model(torch.cat([x_t, x_t]), timestep=timestep.repeat(2), class_labels=both_labels).sample
-        u_uncond, u_cond = both.chunk(2)
-        return u_uncond + guidance_scale * (u_cond - u_uncond)
+    def velocity(x_t: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
+        return network_velocity(model, cond)(x_t, sigma)
 
-    return velocity
+    return torch.no_grad()(guided_teacher(velocity, labels, torch.full_like(labels, null_class), guidance_scale))
 
 
-def euler_sample(velocity: Velocity, noise: Tensor, num_steps: int, schedule: NoiseSchedule) -> Tensor:
+def euler_sample(velocity: VelocityFn, noise: Tensor, num_steps: int, schedule: NoiseSchedule) -> Tensor:
     """Integrate dx/dsigma = u from noise (B, C, *S) at sigma = 1 to x_0, in Euler steps uniform in raw time."""
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
