@@ -1,0 +1,46 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check test-long bench lint clean
+
+help: ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: $(STAMP) ## prepare .venv with everything that demo and test need (quick when nothing changed)
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else f"piflow needs Python 3.11 or 3.12, but $(PYTHON) is {v[0]}.{v[1]}; name another: make $(MAKECMDGOALS) PYTHON=python3.11")'
+	@command -v g++ >/dev/null || { echo "g++ is missing: DeepSpeed compiles a small extension at its first start. Debian and Ubuntu: apt-get install g++"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[all]'
+	@touch $(STAMP)
+
+demo: setup ## distil the digits teacher with pi-ID on ZeRO-3, sample, measure: report and pictures in outputs/digits
+	$(BIN)/python -m piflow.digits.demo --out outputs/digits
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint ## lint, types and the fast tests
+	$(BIN)/python -m pytest -m "not launcher and not slow and not long"
+
+test: lint ## lint, types and the whole test suite
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: lint ## also the long trials
+	$(BIN)/python -m pytest
+
+bench: setup ## CPU benchmarks against their peers; run on a quiet machine
+	@mkdir -p benchmarks/results
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/cpu.json
+
+clean: ## remove outputs and caches (not .venv)
+	rm -rf outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

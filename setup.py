@@ -1,0 +1,63 @@
+"""Package metadata; build and tool settings live in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "piflow" / "__init__.py").read_text())[1]
+
+DIFFUSERS = ["diffusers>=0.42,<0.43", "transformers>=5,<6", "accelerate>=1.10", "peft>=0.21", "safetensors>=0.6"]
+TRAINING = [
+    *DIFFUSERS,
+    "deepspeed>=0.19.8",
+    "ninja",
+    "psutil>=5",
+    "pydantic>=2.10",
+    "PyYAML>=6",
+    "rich>=13",
+    "tensorboard>=2.18",
+]
+EVALUATION = [*DIFFUSERS, "scikit-learn>=1.5", "scipy>=1.13", "matplotlib>=3.9", "rich>=13"]
+APPS = [*DIFFUSERS, "rich>=13"]
+DEVELOPMENT = [
+    "numpy",
+    "pytest>=9",
+    "pytest-benchmark>=5.2",
+    "hypothesis>=6.150",
+    "ruff>=0.17",
+    "mypy>=2",
+    "types-PyYAML",
+]
+
+setup(
+    name="piflow",
+    version=VERSION,
+    description="Triton kernels, sampler and trainer for pi-Flow: policy-based few-step generation",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["piflow", "piflow.*", "piflow_kernels", "piflow_kernels.*"]),
+    package_data={
+        "piflow": ["py.typed", "digits/weights/*/*.safetensors", "digits/weights/*/*.json"],
+        "piflow_kernels": ["py.typed"],
+    },
+    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
+    extras_require={
+        "diffusers": DIFFUSERS,
+        "training": TRAINING,
+        "evaluation": EVALUATION,
+        "apps": APPS,
+        "dev": DEVELOPMENT,
+        "all": sorted({*TRAINING, *EVALUATION, *APPS, *DEVELOPMENT}),
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
