@@ -127,12 +127,12 @@ def check_layout(layout: str) -> None:
         raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
 
 
-def resolve_backend(backend: Backend | None, device: torch.device) -> Backend:
+def resolve_backend(backend: Backend | None, device: torch.device, dtype: torch.dtype) -> Backend:
     """What runs; raises where a forced backend cannot."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: expected None or one of {BACKENDS}, got {backend!r}")
     if backend is None:
-        return "triton" if device.type == "cuda" else "torch"
+        return "triton" if device.type == "cuda" and dtype == torch.float32 else "torch"
     if backend == "triton":
         from .launch import why_triton_cannot_run
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import arguments as arg
 from ..arguments import Backend, Layout
 from ..gm.reference import mean_velocity
+from ..launch import launch_dx_integrate, launch_dx_integrate_backward
 from ..substeps import steps_of
 from . import reference, torch_path
 from .coefficients import Coefficients, dx_coefficients
@@ -118,12 +119,14 @@ def dx_integrate(
     mode: str,
     eps: float,
     min_delta: float | None,
+    backend: str,
     check: bool,
 ) -> Tensor:
     """End state (min_delta None) or mean velocity of the collapsed rollout; canonical arguments."""
     check_values(sigmas, sigma_src, segment_size, shift, min_delta, check)
     coefficients = coefficients_of(sigmas, local, sigma_src, grid, segment_size, shift, mode, eps, min_delta)
-    return torch_path.dx_integrate(x_start, x_src, grid, coefficients)
+    run = launch_dx_integrate if backend == "triton" else torch_path.dx_integrate
+    return run(x_start, x_src, grid, coefficients)
 
 
 @dx_integrate.register_fake
@@ -145,10 +148,12 @@ def dx_integrate_backward(
     mode: str,
     eps: float,
     min_delta: float | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Adjoints of x_start, x_src and grid."""
     coefficients = coefficients_of(sigmas, local, sigma_src, grid, segment_size, shift, mode, eps, min_delta)
-    return torch_path.dx_integrate_backward(grad, x_start, x_src, grid, coefficients)
+    run = launch_dx_integrate_backward if backend == "triton" else torch_path.dx_integrate_backward
+    return run(grad, x_start, x_src, grid, coefficients)
 
 
 @dx_integrate_backward.register_fake
@@ -181,23 +186,24 @@ class DXIntegrate(torch.autograd.Function):
         mode: str,
         eps: float,
         min_delta: float | None,
+        backend: str,
         check: bool,
     ) -> Tensor:
         return dx_integrate(
-            x_start, sigmas, local, x_src, sigma_src, grid, segment_size, shift, mode, eps, min_delta, check
+            x_start, sigmas, local, x_src, sigma_src, grid, segment_size, shift, mode, eps, min_delta, backend, check
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, mode, eps, min_delta, _ = inputs
+        *tensors, mode, eps, min_delta, backend, _ = inputs
         ctx.save_for_backward(*tensors)
-        ctx.scalars = mode, eps, min_delta
+        ctx.scalars = mode, eps, min_delta, backend
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_start, x_src, grid = dx_integrate_backward(grad, *ctx.saved_tensors, *ctx.scalars)
-        return x_start, None, None, x_src, None, grid, None, None, None, None, None, None
+        return x_start, None, None, x_src, None, grid, None, None, None, None, None, None, None
 
 
 def integrate(
@@ -215,15 +221,14 @@ def integrate(
     """Dispatch of every DX operator; x_start and x_src are the caller's, and the result is laid out like them."""
     device = time_grid.grid.device
     arg.check_state(name, x_start, arg.shape_of(x_src), device)
-    if arg.resolve_backend(backend, device) == "triton" and backend == "triton":
-        raise ValueError("backend: 'triton' has no DX kernel in this version; use None, 'torch' or 'reference'")
     dtype = arg.computing_dtype(x_start, x_src, time_grid.grid)
+    backend = arg.resolve_backend(backend, device, dtype)
     x_start, canonical_src = time_grid.unpack(x_start).to(dtype), time_grid.x_src.to(dtype)
     sigmas = sigmas.detach()
     tensors = (time_grid.sigma_src, time_grid.grid, time_grid.segment_size, time_grid.shift)
     if backend != "reference":
         result = DXIntegrate.apply(
-            x_start, sigmas, local, canonical_src, *tensors, time_grid.mode, eps, min_delta, check
+            x_start, sigmas, local, canonical_src, *tensors, time_grid.mode, eps, min_delta, backend, check
         )
         return time_grid.pack(result)
 

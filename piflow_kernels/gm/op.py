@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import arguments as arg
 from ..arguments import Backend, Layout
-from ..launch import kernel_form
+from ..launch import launch_gm_integrate, launch_gm_integrate_backward
 from ..substeps import steps_of
 from . import reference, torch_path
 from .coefficients import gm_coefficients, gm_coefficients_and_tangent, variance_of
@@ -131,9 +131,7 @@ def gm_integrate(
     variance = variance_of(logstds, sigma_src)
     coefficients = gm_coefficients(*steps_of(sigmas, local, min_delta), sigma_src, variance, eps)
     if backend == "triton":
-        from ..launch import launch_gm_integrate as launch
-
-        return launch(x_start, x_src, means, logweights, coefficients)
+        return launch_gm_integrate(x_start, x_src, means, logweights, coefficients)
     return torch_path.gm_integrate(x_start, x_src, means, logweights, coefficients)
 
 
@@ -155,11 +153,13 @@ def gm_integrate_backward(
     logweights: Tensor,
     eps: float,
     min_delta: float | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Adjoints of x_start, x_src, means, logstds and logweights."""
     steps = steps_of(sigmas, local, min_delta)
     coefficients, tangent = gm_coefficients_and_tangent(*steps, sigma_src, logstds, eps)
-    adjoints = torch_path.gm_integrate_backward(grad, x_start, x_src, means, logweights, coefficients)
+    run = launch_gm_integrate_backward if backend == "triton" else torch_path.gm_integrate_backward
+    adjoints = run(grad, x_start, x_src, means, logweights, coefficients)
     logstds_bar = torch.zeros_like(logstds)
     for bar, slope in zip(adjoints.coefficients, tangent):
         logstds_bar += (bar * slope).flatten(1).sum(1)
@@ -179,6 +179,7 @@ def _(
     logweights: Tensor,
     eps: float,
     min_delta: float | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = (x_start, x_src, means, logstds, logweights)
     return tuple(torch.empty_like(tensor) for tensor in tensors)  # type: ignore[return-value]
@@ -208,9 +209,9 @@ class GMIntegrate(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, eps, min_delta, _, _ = inputs
+        *tensors, eps, min_delta, backend, _ = inputs
         ctx.save_for_backward(*tensors)
-        ctx.scalars = eps, min_delta
+        ctx.scalars = eps, min_delta, backend
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -230,14 +231,10 @@ def integrate(
     check: bool,
 ) -> Tensor:
     """Dispatch of every GM operator; x_start is canonical, the result in the caller's layout."""
-    forced, backend = backend, arg.resolve_backend(backend, mixture.means.device)
     dtype = arg.computing_dtype(x_start, mixture.x_src, mixture.means)
+    backend = arg.resolve_backend(backend, mixture.means.device, dtype)
     x_start, x_src = x_start.to(dtype), mixture.x_src.to(dtype)
     sigmas = sigmas.detach()
-    n_components, n_channels = mixture.means.shape[1:3]
-    covered = dtype == torch.float32 and kernel_form(n_components, n_channels, sigmas.shape[1] - 1) is not None
-    if forced is None and not covered:
-        backend = "torch"  # the default is the fastest that there is; a forced backend stays, and says why it cannot
     if backend != "reference":
         args = (x_src, mixture.sigma_src, mixture.means, mixture.logstds, mixture.logweights)
         result = GMIntegrate.apply(x_start, sigmas, local, *args, eps, min_delta, backend, check)
@@ -284,8 +281,7 @@ def gm_velocity(
         temperature: below 1, sharpens the mixture (logweights / T, variance T); None or >= 1 does nothing.
         keep: (B, K) bool, components that stay (component dropout); where a sample keeps none, it keeps all.
         layout: "spatial" or "packed".
-        backend: None (Triton on a GPU where a kernel covers K, C and dtype, else PyTorch), or one to force:
-            "reference", "torch" or "triton".
+        backend: None (Triton for float32 on a GPU, else PyTorch), or one to force: "reference", "torch" or "triton".
         check: also check the noise levels' values on a GPU, where reading them synchronises.
 
     Returns:

@@ -1,12 +1,7 @@
-"""The fast path and the Triton kernels against the textbook reference: values, gradients, shapes, extremes, errors."""
+"""The fast path against the textbook reference: values, gradients, shapes, extremes, errors."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,68 +10,16 @@ from torch import Tensor
 
 import piflow_kernels as pk
 from piflow_kernels.gm.torch_path import gram_space_is_cheaper
-
-EPS32 = 4e-7
-"""Rounding of one float32 substep, with room."""
-
-
-def gm_problem(
-    batch: int = 2,
-    k: int = 3,
-    c: int = 4,
-    spatial: tuple[int, ...] = (3, 5),
-    n_steps: int = 6,
-    dtype: torch.dtype = torch.float64,
-    logstd: float = -1.0,
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
-    sigma_src = torch.linspace(1.0, 0.6, batch, dtype=torch.float64)
-    levels = torch.linspace(1, 0, n_steps + 1, dtype=torch.float64)
-    end = 0.1 * torch.arange(batch, dtype=torch.float64)
-    x_src = draw(batch, c, *spatial)
-    return {
-        "x_start": x_src + 0.1 * draw(batch, c, *spatial),
-        "sigmas": end[:, None] + (0.95 * sigma_src - end)[:, None] * levels,
-        "x_src": x_src,
-        "sigma_src": sigma_src,
-        "means": draw(batch, k, c, *spatial),
-        "logstds": logstd + 0.3 * draw(batch),
-        "logweights": draw(batch, k, 1, *spatial),
-    }
-
-
-def dx_problem(
-    batch: int = 2,
-    n_grid: int = 4,
-    c: int = 3,
-    spatial: tuple[int, ...] = (3, 5),
-    n_steps: int = 6,
-    dtype: torch.dtype = torch.float64,
-) -> dict[str, Any]:
-    problem: dict[str, Any] = gm_problem(batch, n_grid, c, spatial, n_steps, dtype)
-    problem["grid"] = problem.pop("means")
-    del problem["logstds"], problem["logweights"]
-    return {**problem, "segment_size": torch.linspace(0.9, 0.5, batch), "shift": 3.2}
-
-
-def values_and_gradients(
-    operator: Callable[..., Tensor], problem: dict[str, Any], names: list[str], **kwargs: Any
-) -> list[Tensor]:
-    leaves = {name: problem[name].clone().requires_grad_() for name in names}
-    result = operator(**{**problem, **leaves}, **kwargs)
-    cotangent = torch.randn(result.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(result)
-    return [result.detach(), *torch.autograd.grad((result * cotangent).sum(), list(leaves.values()))]
-
-
-def assert_matches(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    """On the maximum and, three times tighter, on the RMS."""
-    for a, e in zip(actual, expected, strict=True):
-        assert a.shape == e.shape
-        error = (a.double() - e.double()).abs()
-        assert error.max() <= tolerance * e.abs().max() + 1e-300
-        assert error.square().mean().sqrt() <= tolerance / 3 * e.abs().max() + 1e-300
+from tests.kernels.problems import (
+    DX_LEAVES,
+    EPS32,
+    GM_LEAVES,
+    assert_matches,
+    dx_problem,
+    extreme_problem,
+    gm_problem,
+    values_and_gradients,
+)
 
 
 def as_velocity(problem: dict[str, Any]) -> dict[str, Any]:
@@ -85,8 +28,6 @@ def as_velocity(problem: dict[str, Any]) -> dict[str, Any]:
     return problem
 
 
-GM_LEAVES = ["x_start", "x_src", "means", "logstds", "logweights"]
-DX_LEAVES = ["x_start", "x_src", "grid"]
 SHAPES = [
     (1, 1, (1,)),
     (1, 4, (7,)),
@@ -172,20 +113,10 @@ def test_gm_fast_path_in_float32(k: int, c: int, spatial: tuple[int, ...], dtype
 
 
 @pytest.mark.parametrize("logstd", [-8.0, 2.0])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_gm_extreme_standard_deviations(logstd: float, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gm_extreme_standard_deviations(logstd: float) -> None:
     """Whole rollouts from sigma 1 to 0, with a step that does nothing: finite, and as close as float32 allows."""
-    problem = gm_problem(k=8, c=16, spatial=(4, 3), n_steps=16, logstd=logstd)
-    problem["sigmas"] = torch.linspace(1, 0, 17).expand(2, 17).clone().double()
-    problem["sigmas"][1, 8:] = problem["sigmas"][1, 8]
-    problem["sigma_src"] = torch.ones(2, dtype=torch.float64)
-    single = {name: value.float() for name, value in problem.items()}
-    exact = {name: value.double() for name, value in single.items()}
-    expected = pk.gm_rollout(**exact, backend="reference")
-    textbook = pk.gm_rollout(**single, backend="reference")
-    actual = pk.gm_rollout(**single, backend="torch") if backend == "torch" else interpreted("gm_rollout", single)
-    bound = max(2 * (textbook - expected).abs().max().item(), EPS32 * 16**0.5 * expected.abs().max().item())
-    assert (actual - expected).abs().max() <= bound
+    single, bound, expected = extreme_problem(logstd)
+    assert (pk.gm_rollout(**single, backend="torch") - expected).abs().max() <= bound
 
 
 @pytest.mark.parametrize("sigma", [0.0, 1e-4, 0.99])
@@ -335,58 +266,6 @@ def test_all_components_dropped_keeps_all() -> None:
     problem = gm_problem()
     none = torch.zeros(2, 3, dtype=torch.bool)
     torch.testing.assert_close(pk.gm_rollout(**problem, keep=none), pk.gm_rollout(**problem))
-
-
-def interpreted(operator: str, problem: dict[str, Any], **kwargs: Any) -> Tensor:
-    """The Triton kernel in a process of its own: the interpreter is chosen when triton is imported."""
-    script = (
-        "import sys, torch, piflow_kernels as pk; problem, kwargs = torch.load(sys.argv[1], weights_only=True);"
-        f"torch.save(pk.{operator}(**problem, **kwargs, backend='triton'), sys.argv[2])"
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save((problem, kwargs), f"{folder}/in.pt")
-        env = {**os.environ, "TRITON_INTERPRET": "1"}
-        subprocess.run([sys.executable, "-c", script, f"{folder}/in.pt", f"{folder}/out.pt"], check=True, env=env)
-        return torch.load(f"{folder}/out.pt", weights_only=True)
-
-
-@pytest.mark.parametrize(
-    ("k", "c", "spatial", "dtype"),
-    [
-        (8, 16, (9, 7), torch.bfloat16),
-        (32, 4, (5, 6), torch.float16),
-        (5, 3, (2, 3, 7), torch.float32),
-        (1, 4, (1,), torch.float32),
-    ],
-)
-@pytest.mark.parametrize("n_steps", [1, 9])
-def test_triton_rollout_interpreted(k: int, c: int, spatial: tuple[int, ...], dtype: torch.dtype, n_steps: int) -> None:
-    problem = gm_problem(k=k, c=c, spatial=spatial, n_steps=n_steps)
-    single = {name: value.float() for name, value in problem.items()}
-    single |= {name: problem[name].to(dtype) for name in ("means", "logweights")}
-    keep = torch.rand(2, k, generator=torch.Generator().manual_seed(3)) > 0.3
-    actual = interpreted("gm_rollout", single, keep=keep, temperature=0.7)
-    exact = {name: value.double() for name, value in single.items()}
-    expected = pk.gm_rollout(**exact, keep=keep, temperature=0.7, backend="reference")
-    assert actual.dtype == torch.float32
-    assert_matches([actual], [expected], EPS32 * n_steps)
-
-
-def test_triton_reads_packed_layout_through_strides() -> None:
-    g = torch.Generator().manual_seed(0)
-    b, t, k, c, p = 2, 12, 4, 4, 4
-    x = torch.randn(b, t, c * p, generator=g)
-    problem = {
-        "x_start": x,
-        "sigmas": torch.linspace(1, 0, 6),
-        "x_src": x,
-        "sigma_src": torch.ones(b),
-        "means": torch.randn(b, t, k, c * p, generator=g).bfloat16(),
-        "logstds": torch.full((b, 1, 1, 1), -1.0),
-        "logweights": torch.randn(b, t, k, p, generator=g),
-    }
-    actual = interpreted("gm_rollout", problem, layout="packed")
-    torch.testing.assert_close(actual, pk.gm_rollout(**problem, layout="packed"), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gm_rollout", "dx_rollout", "gm_mean_velocity_loss"])
