@@ -20,6 +20,7 @@ LAYOUTS = ("spatial", "packed")
 STATE_DTYPES = (torch.float32, torch.float64)
 NETWORK_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LEVEL_TOLERANCE = 1e-6
+CPU = torch.device("cpu")
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
@@ -37,6 +38,11 @@ def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], devi
             f"{name}: expected a tensor on {device}, where the network output is, got one on {value.device}"
         )
     return value
+
+
+def check_network(name: str, value: object) -> Tensor:
+    """The network output whose device all other tensors must be on."""
+    return check_tensor(name, value, NETWORK_DTYPES, value.device if isinstance(value, Tensor) else CPU)
 
 
 def check_state(name: str, value: object, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -57,6 +63,8 @@ def per_sample(name: str, value: float | Tensor, batch: int, device: torch.devic
     Scalars are cast up because everything derived from them is computed in float64.
     """
     if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name}: expected a number or a tensor, got {value!r}")
         return torch.full((batch,), float(value), dtype=torch.float64, device=device)
     if not value.is_floating_point():
         raise ValueError(f"{name}: expected a floating-point tensor, got {value.dtype}")
@@ -75,7 +83,8 @@ def per_sample(name: str, value: float | Tensor, batch: int, device: torch.devic
 def noise_levels(sigmas: Tensor, batch: int, device: torch.device) -> Tensor:
     """Levels visited by a rollout, (N + 1,), (1, N + 1) or (B, N + 1): (B, N + 1) float64."""
     if not isinstance(sigmas, Tensor) or not sigmas.is_floating_point():
-        raise ValueError(f"sigmas: expected a floating-point tensor of noise levels, got {type(sigmas).__name__}")
+        came = sigmas.dtype if isinstance(sigmas, Tensor) else type(sigmas).__name__
+        raise ValueError(f"sigmas: expected a floating-point tensor of noise levels, got {came}")
     if sigmas.device != device:
         raise ValueError(
             f"sigmas: expected a tensor on {device}, where the network output is, got one on {sigmas.device}"
@@ -87,9 +96,15 @@ def noise_levels(sigmas: Tensor, batch: int, device: torch.device) -> Tensor:
     return sigmas.to(torch.float64).expand(batch, sigmas.shape[-1])
 
 
-def check_eps(name: str, value: float) -> float:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: expected a positive finite number, got {value}")
+def check_number(name: str, value: object, least: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+        raise ValueError(f"{name}: expected a finite number, at least {least:g}, got {value!r}")
+    return float(value)
+
+
+def check_positive(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a positive finite number, got {value!r}")
     return float(value)
 
 
@@ -132,30 +147,34 @@ def resolve_backend(backend: Backend | None, device: torch.device, dtype: torch.
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: expected None or one of {BACKENDS}, got {backend!r}")
     if backend is None:
-        return "triton" if device.type == "cuda" and dtype == torch.float32 else "torch"
+        backend = "triton" if device.type == "cuda" and dtype == torch.float32 else "torch"
     if backend == "triton":
         from .launch import why_triton_cannot_run
 
         reason = why_triton_cannot_run(device)
         if reason is not None:
-            raise ValueError(f"backend: 'triton' cannot run here: {reason}")
+            raise ValueError(f"backend: 'triton' cannot run here: {reason}; use backend='torch'")
     return backend
 
 
-def check_values(sigmas: Tensor, sigma_src: Tensor, min_delta: float | None, check: bool) -> None:
-    """Check levels on the CPU, or where asked to; a single level is a velocity's and may lie above sigma_src."""
+def check_values(sigmas: Tensor, sigma_src: Tensor, anywhere: bool, check: bool) -> None:
+    """Check levels on the CPU, or where asked to; a velocity may be asked `anywhere`, also above sigma_src."""
     if sigmas.device.type != "cpu" and not check:
         return
-    if min_delta is None or sigmas.shape[1] > 1:
-        check_rollout_values(sigmas, sigma_src)
-    else:
+    if anywhere:
         check_level_values("sigma_t", sigmas)
         check_level_values("sigma_src", sigma_src)
+    else:
+        check_rollout_values(sigmas, sigma_src)
 
 
-def check_mask(name: str, mask: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
-    if mask is not None and (mask.dtype != torch.bool or shape_of(mask) != (batch,) or mask.device != device):
+def check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"{name}: expected a bool tensor {shape}, got {type(mask).__name__}")
+    if mask.dtype != torch.bool or shape_of(mask) != shape or mask.device != device:
         raise ValueError(
-            f"{name}: expected a bool tensor ({batch},) on {device}, got {mask.dtype} {shape_of(mask)} on {mask.device}"
+            f"{name}: expected a bool tensor {shape} on {device}, got {mask.dtype} {shape_of(mask)} on {mask.device}"
         )
     return mask

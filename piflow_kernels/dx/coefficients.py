@@ -39,7 +39,7 @@ def dx_coefficients(
     sigma, ds: (B, N). divisor, sigma_src, segment_size, shift: (B,). All float64.
     """
     rate = ds / sigma.clamp(min=eps)  # x <- (1 + rate) x - rate x_0
-    survival = torch.cat([1 + rate, torch.ones_like(rate[:, :1])], dim=1).flip(1).cumprod(1).flip(1)  # of step n..N
+    survival = torch.cat([1 + rate, rate.new_ones(len(rate), 1)], dim=1).flip(1).cumprod(1).flip(1)  # of step n..N
     pull = -rate * survival[:, 1:]
     weights = dx_weights(sigma, sigma_src[:, None], segment_size[:, None], shift[:, None], n_grid, mode, eps)
     per_point = torch.einsum("bn,bng->bg", pull, weights)

@@ -11,6 +11,7 @@ from .. import arguments as arg
 from ..arguments import Backend, Layout
 from ..gm.reference import mean_velocity
 from ..launch import launch_dx_integrate, launch_dx_integrate_backward
+from ..registration import differentiable_once, vmap_over_samples, without_autocast
 from ..substeps import steps_of
 from . import reference, torch_path
 from .coefficients import Coefficients, dx_coefficients
@@ -37,8 +38,8 @@ class TimeGrid(NamedTuple):
 
 
 def positive(name: str, value: float | Tensor, batch: int, device: torch.device) -> Tensor:
-    if not isinstance(value, Tensor) and not 0 < value < float("inf"):
-        raise ValueError(f"{name}: expected a positive finite number, got {value}")
+    if not isinstance(value, Tensor):
+        arg.check_positive(name, value)
     return arg.per_sample(name, value, batch, device).detach()
 
 
@@ -53,11 +54,10 @@ def canonical_grid(
     eps: float,
 ) -> TimeGrid:
     arg.check_layout(layout)
-    arg.check_eps("eps", eps)
+    arg.check_positive("eps", eps)
     if mode not in get_args(Mode):
         raise ValueError(f"mode: expected one of {get_args(Mode)}, got {mode!r}")
-    device = grid.device if isinstance(grid, Tensor) else torch.device("cpu")
-    arg.check_tensor("grid", grid, arg.NETWORK_DTYPES, device)
+    device = arg.check_network("grid", grid).device
     packed = layout == "packed"
     if grid.dim() not in (4, 5, 6):
         expected = "(B, *S, N, C)" if packed else "(B, N, C, *S)"
@@ -84,7 +84,7 @@ def canonical_grid(
 def check_values(
     sigmas: Tensor, sigma_src: Tensor, segment_size: Tensor, shift: Tensor, min_delta: float | None, check: bool
 ) -> None:
-    arg.check_values(sigmas, sigma_src, min_delta, check)
+    arg.check_values(sigmas, sigma_src, min_delta == 0, check)
     if sigmas.device.type == "cpu" or check:
         for name, value in (("segment_size", segment_size), ("shift", shift)):
             if not bool(((value > 0) & value.isfinite()).all()):
@@ -122,11 +122,12 @@ def dx_integrate(
     backend: str,
     check: bool,
 ) -> Tensor:
-    """End state (min_delta None) or mean velocity of the collapsed rollout; canonical arguments."""
+    """End state (min_delta None), mean velocity, or velocity at the only level (min_delta 0); canonical arguments."""
     check_values(sigmas, sigma_src, segment_size, shift, min_delta, check)
-    coefficients = coefficients_of(sigmas, local, sigma_src, grid, segment_size, shift, mode, eps, min_delta)
     run = launch_dx_integrate if backend == "triton" else torch_path.dx_integrate
-    return run(x_start, x_src, grid, coefficients)
+    with without_autocast(x_start):
+        coefficients = coefficients_of(sigmas, local, sigma_src, grid, segment_size, shift, mode, eps, min_delta)
+        return run(x_start, x_src, grid, coefficients)
 
 
 @dx_integrate.register_fake
@@ -151,9 +152,10 @@ def dx_integrate_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Adjoints of x_start, x_src and grid."""
-    coefficients = coefficients_of(sigmas, local, sigma_src, grid, segment_size, shift, mode, eps, min_delta)
     run = launch_dx_integrate_backward if backend == "triton" else torch_path.dx_integrate_backward
-    return run(grad, x_start, x_src, grid, coefficients)
+    with without_autocast(x_start):
+        coefficients = coefficients_of(sigmas, local, sigma_src, grid, segment_size, shift, mode, eps, min_delta)
+        return run(grad, x_start, x_src, grid, coefficients)
 
 
 @dx_integrate_backward.register_fake
@@ -170,8 +172,15 @@ def _(
     return torch.empty_like(x_start), torch.empty_like(x_src), torch.empty_like(grid)
 
 
+vmap_over_samples(dx_integrate)
+vmap_over_samples(dx_integrate_backward)
+dx_adjoint = differentiable_once(dx_integrate_backward, "the DX policy")
+
+
 class DXIntegrate(torch.autograd.Function):
     """Autograd outside the functional operators, so that torch.func transforms see it."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -200,9 +209,8 @@ class DXIntegrate(torch.autograd.Function):
         ctx.scalars = mode, eps, min_delta, backend
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_start, x_src, grid = dx_integrate_backward(grad, *ctx.saved_tensors, *ctx.scalars)
+        x_start, x_src, grid = dx_adjoint(grad, *ctx.saved_tensors, *ctx.scalars)
         return x_start, None, None, x_src, None, grid, None, None, None, None, None, None, None
 
 
@@ -234,10 +242,12 @@ def integrate(
 
     check_values(sigmas, time_grid.sigma_src, time_grid.segment_size, time_grid.shift, min_delta, check)
     network: Any = (canonical_src, *(value.to(dtype) for value in tensors), time_grid.mode, eps)
-    end = reference.dx_rollout(x_start, sigmas.to(dtype), *network)
+    end = reference.dx_rollout(x_start, sigmas.to(dtype), *network) if sigmas.shape[1] > 1 else x_start.clone()
     if min_delta is None:
         return time_grid.pack(end)
     velocity = reference.dx_velocity(x_start, sigmas[:, 0].to(dtype), *network)
+    if min_delta == 0:
+        return time_grid.pack(velocity)
     return time_grid.pack(mean_velocity(x_start, end, velocity, sigmas, local, min_delta))
 
 
@@ -273,15 +283,15 @@ def dx_velocity(
         check: also check values on a GPU, where reading them synchronises.
 
     Returns:
-        The velocity, shaped as x_t, float32 (float64 where an input is). Differentiable once with respect to grid,
-        x_src and x_t.
+        The velocity, shaped as x_t, float32 (float64 where states or grid are). Differentiable once with respect to
+        grid, x_src and x_t.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
     time_grid = canonical_grid(x_src, sigma_src, grid, segment_size, shift, mode, layout, eps)
     sigma = arg.per_sample("sigma_t", sigma_t, grid.shape[0], grid.device)[:, None]
-    return integrate("x_t", x_t, sigma, None, x_src, time_grid, eps, 1.0, backend, check)
+    return integrate("x_t", x_t, sigma, None, x_src, time_grid, eps, 0.0, backend, check)
 
 
 def dx_rollout(
@@ -308,8 +318,8 @@ def dx_rollout(
             substeps share a batch.
 
     Returns:
-        The state at sigmas[:, -1], shaped as x_start, float32 (float64 where an input is). Differentiable once with
-        respect to grid, x_src and x_start.
+        The state at sigmas[:, -1], shaped as x_start, float32 (float64 where states or grid are). Differentiable once
+        with respect to grid, x_src and x_start.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -342,9 +352,9 @@ def dx_mean_velocity(
     and errors otherwise as in `dx_rollout`.
     """
     time_grid = canonical_grid(x_src, sigma_src, grid, segment_size, shift, mode, layout, eps)
-    arg.check_eps("min_delta", min_delta)
+    arg.check_positive("min_delta", min_delta)
     levels = arg.noise_levels(sigmas, grid.shape[0], grid.device)
-    local = arg.check_mask("local", local, grid.shape[0], grid.device)
+    local = arg.check_mask("local", local, (grid.shape[0],), grid.device)
     return integrate("x_start", x_start, levels, local, x_src, time_grid, eps, min_delta, backend, check)
 
 
@@ -370,9 +380,9 @@ def dx_mean_velocity_loss(
 
     Differentiable also with respect to `target`, which is shaped as x_start.
     """
-    arg.check_state("target", target, arg.shape_of(x_src), grid.device)
     velocity = dx_mean_velocity(
         x_start, sigmas, x_src, sigma_src, grid, segment_size, shift, local, mode, eps, min_delta,
         layout=layout, backend=backend, check=check,
     )  # fmt: skip
+    arg.check_state("target", target, arg.shape_of(velocity), velocity.device)
     return (velocity - target).square().flatten(1).mean(1)

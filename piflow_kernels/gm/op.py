@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import arguments as arg
 from ..arguments import Backend, Layout
 from ..launch import launch_gm_integrate, launch_gm_integrate_backward
+from ..registration import differentiable_once, vmap_over_samples, without_autocast
 from ..substeps import steps_of
 from . import reference, torch_path
 from .coefficients import gm_coefficients, gm_coefficients_and_tangent, variance_of
@@ -45,9 +46,8 @@ def canonical_mixture(
     eps: float,
 ) -> Mixture:
     arg.check_layout(layout)
-    arg.check_eps("eps", eps)
-    device = means.device if isinstance(means, Tensor) else torch.device("cpu")
-    arg.check_tensor("means", means, arg.NETWORK_DTYPES, device)
+    arg.check_positive("eps", eps)
+    device = arg.check_network("means", means).device
     arg.check_tensor("logweights", logweights, arg.NETWORK_DTYPES, device)
     sub_pixels = None
     if layout == "packed":
@@ -79,19 +79,14 @@ def canonical_mixture(
     batch = means.shape[0]
     log_stds = arg.per_sample("logstds", logstds, batch, device)
     if temperature is not None:
-        if not temperature >= 0:
-            raise ValueError(f"temperature: expected None or a number >= 0, got {temperature}")
+        temperature = arg.check_number("temperature", temperature, least=0)
         if temperature < 1:
             temperature = max(temperature, eps)
             compute = torch.promote_types(logweights.dtype, torch.float32)
             logweights = logweights.to(compute) / temperature
             log_stds = log_stds + 0.5 * torch.log(torch.tensor(temperature, dtype=torch.float64, device=device))
+    keep = arg.check_mask("keep", keep, arg.shape_of(means)[:2], device)
     if keep is not None:
-        if keep.dtype != torch.bool or arg.shape_of(keep) != arg.shape_of(means)[:2] or keep.device != device:
-            raise ValueError(
-                f"keep: expected a bool tensor {arg.shape_of(means)[:2]} on {device}, "
-                f"got {keep.dtype} {arg.shape_of(keep)} on {keep.device}"
-            )
         keep = keep | ~keep.any(dim=1, keepdim=True)
         logweights = logweights.masked_fill(~keep.reshape(*keep.shape, *[1] * (means.dim() - 2)), -torch.inf)
     mixture = Mixture(
@@ -126,13 +121,13 @@ def gm_integrate(
     backend: str,
     check: bool,
 ) -> Tensor:
-    """End state (min_delta None) or mean velocity of the collapsed rollout; canonical arguments."""
-    arg.check_values(sigmas, sigma_src, min_delta, check)
-    variance = variance_of(logstds, sigma_src)
-    coefficients = gm_coefficients(*steps_of(sigmas, local, min_delta), sigma_src, variance, eps)
-    if backend == "triton":
-        return launch_gm_integrate(x_start, x_src, means, logweights, coefficients)
-    return torch_path.gm_integrate(x_start, x_src, means, logweights, coefficients)
+    """End state (min_delta None), mean velocity, or velocity at the only level (min_delta 0); canonical arguments."""
+    arg.check_values(sigmas, sigma_src, min_delta == 0, check)
+    run = launch_gm_integrate if backend == "triton" else torch_path.gm_integrate
+    with without_autocast(x_start):
+        variance = variance_of(logstds, sigma_src)
+        coefficients = gm_coefficients(*steps_of(sigmas, local, min_delta), sigma_src, variance, eps)
+        return run(x_start, x_src, means, logweights, coefficients)
 
 
 @gm_integrate.register_fake
@@ -156,13 +151,14 @@ def gm_integrate_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Adjoints of x_start, x_src, means, logstds and logweights."""
-    steps = steps_of(sigmas, local, min_delta)
-    coefficients, tangent = gm_coefficients_and_tangent(*steps, sigma_src, logstds, eps)
     run = launch_gm_integrate_backward if backend == "triton" else torch_path.gm_integrate_backward
-    adjoints = run(grad, x_start, x_src, means, logweights, coefficients)
-    logstds_bar = torch.zeros_like(logstds)
-    for bar, slope in zip(adjoints.coefficients, tangent):
-        logstds_bar += (bar * slope).flatten(1).sum(1)
+    with without_autocast(x_start):
+        steps = steps_of(sigmas, local, min_delta)
+        coefficients, tangent = gm_coefficients_and_tangent(*steps, sigma_src, logstds, eps)
+        adjoints = run(grad, x_start, x_src, means, logweights, coefficients)
+        logstds_bar = torch.zeros_like(logstds)
+        for bar, slope in zip(adjoints.coefficients, tangent):
+            logstds_bar += (bar * slope).flatten(1).sum(1)
     return adjoints.x_start, adjoints.x_src, adjoints.means, logstds_bar, adjoints.logweights
 
 
@@ -185,8 +181,15 @@ def _(
     return tuple(torch.empty_like(tensor) for tensor in tensors)  # type: ignore[return-value]
 
 
+vmap_over_samples(gm_integrate)
+vmap_over_samples(gm_integrate_backward)
+gm_adjoint = differentiable_once(gm_integrate_backward, "the GM policy")
+
+
 class GMIntegrate(torch.autograd.Function):
     """Autograd outside the functional operators, so that torch.func transforms see it."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -214,9 +217,8 @@ class GMIntegrate(torch.autograd.Function):
         ctx.scalars = eps, min_delta, backend
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_start, x_src, means, logstds, logweights = gm_integrate_backward(grad, *ctx.saved_tensors, *ctx.scalars)
+        x_start, x_src, means, logstds, logweights = gm_adjoint(grad, *ctx.saved_tensors, *ctx.scalars)
         return x_start, None, None, x_src, None, means, logstds, logweights, None, None, None, None
 
 
@@ -240,13 +242,15 @@ def integrate(
         result = GMIntegrate.apply(x_start, sigmas, local, *args, eps, min_delta, backend, check)
         return mixture.pack(result)
 
-    arg.check_values(sigmas, mixture.sigma_src, min_delta, check)
+    arg.check_values(sigmas, mixture.sigma_src, min_delta == 0, check)
     inputs = (x_src, mixture.sigma_src, mixture.means, mixture.logstds, mixture.logweights)
     network: Any = (*(value.to(dtype) for value in inputs), eps)
-    end = reference.gm_rollout(x_start, sigmas, *network)
+    end = reference.gm_rollout(x_start, sigmas, *network) if sigmas.shape[1] > 1 else x_start.clone()
     if min_delta is None:
         return mixture.pack(end)
     velocity = reference.gm_velocity(x_start, sigmas[:, 0], *network)
+    if min_delta == 0:
+        return mixture.pack(velocity)
     mean = reference.mean_velocity(x_start, end, velocity, sigmas, local, min_delta)
     return mixture.pack(mean)
 
@@ -285,8 +289,8 @@ def gm_velocity(
         check: also check the noise levels' values on a GPU, where reading them synchronises.
 
     Returns:
-        The velocity, shaped as x_t, float32 (float64 where an input is). Differentiable once with respect to means,
-        logstds, logweights, x_src and x_t.
+        The velocity, shaped as x_t, float32 (float64 where states or means are). Differentiable once with respect to
+        means, logstds, logweights, x_src and x_t.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -294,7 +298,7 @@ def gm_velocity(
     mixture = canonical_mixture(x_src, sigma_src, means, logstds, logweights, temperature, keep, layout, eps)
     x_t = canonical_state("x_t", x_t, mixture, like=x_src)
     sigma = arg.per_sample("sigma_t", sigma_t, means.shape[0], means.device)
-    return integrate(x_t, sigma[:, None], None, mixture, eps, 1.0, backend, check)
+    return integrate(x_t, sigma[:, None], None, mixture, eps, 0.0, backend, check)
 
 
 def gm_rollout(
@@ -322,8 +326,8 @@ def gm_rollout(
             substeps share a batch.
 
     Returns:
-        The state at sigmas[:, -1], shaped as x_start, float32 (float64 where an input is). Differentiable once with
-        respect to means, logstds, logweights, x_src and x_start.
+        The state at sigmas[:, -1], shaped as x_start, float32 (float64 where states or means are). Differentiable once
+        with respect to means, logstds, logweights, x_src and x_start.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -358,10 +362,10 @@ def gm_mean_velocity(
     and errors otherwise as in `gm_rollout`.
     """
     mixture = canonical_mixture(x_src, sigma_src, means, logstds, logweights, temperature, keep, layout, eps)
-    arg.check_eps("min_delta", min_delta)
+    arg.check_positive("min_delta", min_delta)
     x_start = canonical_state("x_start", x_start, mixture, like=x_src)
     levels = arg.noise_levels(sigmas, means.shape[0], means.device)
-    local = arg.check_mask("local", local, means.shape[0], means.device)
+    local = arg.check_mask("local", local, (means.shape[0],), means.device)
     return integrate(x_start, levels, local, mixture, eps, min_delta, backend, check)
 
 
@@ -388,9 +392,9 @@ def gm_mean_velocity_loss(
 
     Differentiable also with respect to `target`, which is shaped as x_start.
     """
-    arg.check_state("target", target, arg.shape_of(x_src), means.device)
     velocity = gm_mean_velocity(
         x_start, sigmas, x_src, sigma_src, means, logstds, logweights, local, eps, min_delta,
         temperature=temperature, keep=keep, layout=layout, backend=backend, check=check,
     )  # fmt: skip
+    arg.check_state("target", target, arg.shape_of(velocity), velocity.device)
     return (velocity - target).square().flatten(1).mean(1)
