@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .coefficients import Coefficients
 
-BLOCK_ELEMENTS = 1 << 19
-"""Elements of the array that a substep reads: 2 MB in float32, so that it stays in the second-level cache."""
+BLOCK_ELEMENTS = 1 << 20
+"""Elements of the array that a substep reads: 4 MB in float32, so that it stays in the cores' second-level caches."""
 
 
 def gram_space_is_cheaper(n_components: int, n_channels: int, n_substeps: int) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import piflow_kernels as pk
+from piflow_kernels.gm import torch_path
 from piflow_kernels.gm.torch_path import gram_space_is_cheaper
 from tests.kernels.problems import (
     DX_LEAVES,
@@ -168,10 +169,12 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(dx_operators, [dx[name].clone().requires_grad_() for name in DX_LEAVES])
 
 
-def test_blocks_cover_everything() -> None:
-    """More pixels than one block holds, along one axis and over samples, in both spaces."""
-    for k, c, spatial in ((8, 16, (70, 61)), (16, 2, (3, 1900)), (2, 3, (20, 3, 500))):
-        problem = gm_problem(batch=2, k=k, c=c, spatial=spatial, n_steps=2)
+def test_blocks_cover_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More pixels than one block holds, along any axis and over samples, in both spaces."""
+    monkeypatch.setattr(torch_path, "BLOCK_ELEMENTS", 1 << 10)
+    for k, c, spatial in ((8, 16, (7, 6)), (16, 2, (3, 19)), (2, 3, (20, 3, 5)), (2, 3, (2, 3, 50)), (4, 4, (3,))):
+        problem = gm_problem(batch=3, k=k, c=c, spatial=spatial, n_steps=4)
+        assert len(list(torch_path.regions(3, spatial, k * max(k, c)))) > (1 if len(spatial) > 1 else 0)
         expected = values_and_gradients(pk.gm_rollout, problem, GM_LEAVES, backend="reference")
         assert_matches(values_and_gradients(pk.gm_rollout, problem, GM_LEAVES), expected, 1e-9)
     assert gram_space_is_cheaper(8, 16, 37)
