@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.timing import interleaved, keep_freed_memory, milliseconds
 from piflow.noise_schedule import NoiseSchedule
+from piflow.schedulers import FusedPiflowScheduler
 from piflow_kernels import dx_rollout, gm_rollout
 
 keep_freed_memory()
@@ -68,8 +69,9 @@ def test_gm_rollout(benchmark: Any, name: str) -> None:
     compare(benchmark, lambda: gm_rollout(*args), lambda: gm_rollout(*args, backend="reference"), exact)
 
 
-@pytest.mark.benchmark(group="dx_rollout against diffusers' PiflowScheduler.step")
-def test_dx_rollout_kandinsky_6(benchmark: Any) -> None:
+@pytest.mark.parametrize("client", ["operator", "scheduler"])
+@pytest.mark.benchmark(group="DX rollout against diffusers' PiflowScheduler.step")
+def test_dx_rollout_kandinsky_6(benchmark: Any, client: str) -> None:
     """(1, 8 x 60 x 108, 16 channels, grid 10), 13 substeps: the first of 10 steps at 128 substeps."""
     from diffusers import PiflowScheduler
 
@@ -89,7 +91,15 @@ def test_dx_rollout_kandinsky_6(benchmark: Any) -> None:
     assert n_substeps == 13
     sigmas = NoiseSchedule(5.0).sigma(torch.linspace(raw_src, raw_dst, n_substeps + 1, dtype=torch.float64))
 
-    def ours() -> torch.Tensor:
+    fused = FusedPiflowScheduler.from_config(scheduler.config)
+    fused.set_timesteps(10)
+
+    def step() -> torch.Tensor:
+        fused.set_begin_index(0)
+        fused._step_index = None
+        return fused.step(output, fused.timesteps[0], sample).prev_sample
+
+    def operator() -> torch.Tensor:
         grid = output.unflatten(-1, (10, 16))
         return dx_rollout(sample, sigmas, sample, 1.0, grid, raw_src - raw_dst, 5.0, eps=1e-6, layout="packed")
 
@@ -98,4 +108,4 @@ def test_dx_rollout_kandinsky_6(benchmark: Any) -> None:
         sample.double(), sigmas, sample.double(), 1.0, grid, raw_src - raw_dst, 5.0, eps=1e-6, layout="packed",
         backend="reference",
     )  # fmt: skip
-    compare(benchmark, ours, peer, exact)
+    compare(benchmark, step if client == "scheduler" else operator, peer, exact)
