@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal, TypeVar
 
 import torch
@@ -40,21 +41,37 @@ class NoiseSchedule:
     dynamic_shifting_type: Literal["exp", "sqrt"] = "exp"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.shift) and self.shift > 0):
-            raise ValueError(f"shift: expected a positive finite number, got {self.shift}")
+        check_number("shift", self.shift, positive=True)
         if self.dynamic_shifting_type not in ("exp", "sqrt"):
             raise ValueError(f"dynamic_shifting_type: expected 'exp' or 'sqrt', got {self.dynamic_shifting_type!r}")
         if self.use_dynamic_shifting and not 0 < self.base_seq_len < self.max_seq_len:
             raise ValueError(
                 f"base_seq_len, max_seq_len: expected 0 < base < max, got {self.base_seq_len} and {self.max_seq_len}"
             )
+        if self.use_dynamic_shifting and not (math.isfinite(self.base_logshift) and math.isfinite(self.max_logshift)):
+            raise ValueError(
+                "base_logshift, max_logshift: expected finite numbers, "
+                f"got {self.base_logshift} and {self.max_logshift}"
+            )
 
     def shift_for(self, seq_len: int | None = None) -> float:
-        """The shift at `seq_len` tokens."""
+        """The shift at `seq_len` tokens. Raises a ValueError where extrapolation leaves the positive finite numbers."""
         if not self.use_dynamic_shifting or seq_len is None:
             return self.shift
         if seq_len < 1:
             raise ValueError(f"seq_len: expected a positive number of tokens, got {seq_len}")
+        try:
+            shift = self._dynamic_shift(seq_len)
+        except OverflowError:  # of math.exp
+            shift = math.inf
+        if not (math.isfinite(shift) and shift > 0):
+            raise ValueError(
+                "seq_len: expected a length whose shift is positive and finite, but base_logshift "
+                f"{self.base_logshift} and max_logshift {self.max_logshift} make it {shift} at {seq_len} tokens"
+            )
+        return shift
+
+    def _dynamic_shift(self, seq_len: int) -> float:
         if self.dynamic_shifting_type == "exp":
             slope = (self.max_logshift - self.base_logshift) / (self.max_seq_len - self.base_seq_len)
             return math.exp((seq_len - self.base_seq_len) * slope + self.base_logshift)
@@ -88,8 +105,7 @@ class NoiseSchedule:
 
         `max_substeps` fixes N beforehand, an upper bound of all n_i: raw times on a GPU need no synchronisation then.
         """
-        if total_substeps < 1:
-            raise ValueError(f"total_substeps: expected at least 1, got {total_substeps}")
+        check_whole("total_substeps", total_substeps, least=1)
         if raw_t_start.dim() != 1 or raw_t_end.shape != raw_t_start.shape:
             raise ValueError(
                 "raw_t_start, raw_t_end: expected one value per sample, shape (B,) each, "
@@ -99,7 +115,9 @@ class NoiseSchedule:
         counts = (length * total_substeps).ceil().clamp(min=1)
         substep = length / counts
         levels = [raw_t_start]
-        for _ in range(int(counts.max()) if max_substeps is None else max_substeps):
+        if max_substeps is None:
+            max_substeps = int(counts.max()) if len(counts) else 1
+        for _ in range(max_substeps):
             levels.append(levels[-1] - substep)
         visited = torch.arange(len(levels), device=counts.device).minimum(counts.long()[:, None])
         raw_t = torch.stack(levels, dim=1).gather(1, visited).clamp(min=0)
@@ -117,10 +135,22 @@ def segments(nfe: int, final_step_size_scale: float = 1.0) -> list[tuple[float, 
 
 def segment_sizes(nfe: int, final_step_size_scale: float = 1.0) -> tuple[float, float]:
     """Length of all segments but the last, and of the last."""
-    if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
-        raise ValueError(f"nfe: expected a whole number of network evaluations, at least 1, got {nfe!r}")
-    if not (math.isfinite(final_step_size_scale) and final_step_size_scale >= 0):
-        raise ValueError(f"final_step_size_scale: expected a finite number, at least 0, got {final_step_size_scale}")
+    check_whole("nfe", nfe, least=1)
+    check_number("final_step_size_scale", final_step_size_scale)
     scale = max(final_step_size_scale, MIN_FINAL_STEP_SIZE_SCALE)
     base = 1 / (nfe - 1 + scale)
     return base, base * scale
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raise a ValueError that names the argument unless `value` is a whole number, at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        raise ValueError(f"{name}: expected a whole number, at least {least}, got {value!r}")
+
+
+def check_number(name: str, value: object, positive: bool = False) -> None:
+    """Raise a ValueError that names the argument unless `value` is finite and at least 0, or above 0 if `positive`."""
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or number < 0 or (positive and number == 0):
+        expected = "a positive finite number" if positive else "a finite number, at least 0"
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")

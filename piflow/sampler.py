@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from piflow.noise_schedule import NoiseSchedule, segments
+from piflow.noise_schedule import NoiseSchedule, check_whole, segments
 from piflow.policies import DXPolicy, GMFlowPolicy, Policy, resolve_temperature
 from piflow.schedulers.flow_map import check_h, flow_map, flow_map_step
 
@@ -30,10 +30,12 @@ class SampleStep:
 
     @property
     def segment_size(self) -> float:
+        """Length of the step in raw time."""
         return self.raw_t_src - self.raw_t_dst
 
     @property
     def is_last(self) -> bool:
+        """Whether no step follows."""
         return self.index == self.nfe - 1
 
 
@@ -48,24 +50,37 @@ def gm_policy_fn(network: Callable[[Tensor, Tensor], Any], **options: Any) -> Po
     """
 
     def policy_fn(x_src: Tensor, sigma_src: Tensor, step: SampleStep) -> Policy:
-        output = network(x_src, sigma_src)
-        names = ("means", "logstds", "logweights")
-        if isinstance(output, Mapping):
-            means, logstds, logweights = (output[name] for name in names)
-        elif isinstance(output, tuple):
-            means, logstds, logweights = output
-        else:
-            means, logstds, logweights = (getattr(output, name) for name in names)
-        return GMFlowPolicy(means, logstds, logweights, x_src, sigma_src, **options)
+        return GMFlowPolicy(*_gm_output(network(x_src, sigma_src)), x_src, sigma_src, **options)
 
     return policy_fn
+
+
+def _gm_output(output: Any) -> tuple[Tensor, Tensor, Tensor]:
+    names = ("means", "logstds", "logweights")
+    if isinstance(output, tuple):
+        found = output
+    elif isinstance(output, Mapping):
+        found = tuple(output.get(name) for name in names)
+    else:
+        found = tuple(getattr(output, name, None) for name in names)
+    if len(found) != 3 or not all(isinstance(value, Tensor) for value in found):
+        types = ", ".join(type(value).__name__ for value in found)
+        raise ValueError(
+            "network: expected tensors means, logstds and logweights as attributes, keys or a 3-tuple, "
+            f"got {type(output).__name__} with ({types})"
+        )
+    means, logstds, logweights = found
+    return means, logstds, logweights
 
 
 def dx_policy_fn(network: Callable[[Tensor, Tensor], Tensor], **options: Any) -> PolicyFn:
     """Policies of a network (x_src, sigma_src (B,)) -> grid (B, N_g, C, *S). options: further arguments of DXPolicy."""
 
     def policy_fn(x_src: Tensor, sigma_src: Tensor, step: SampleStep) -> Policy:
-        return DXPolicy(network(x_src, sigma_src), x_src, sigma_src, step.segment_size, step.shift, **options)
+        grid = network(x_src, sigma_src)
+        if not isinstance(grid, Tensor):
+            raise ValueError(f"network: expected a tensor grid (B, N_g, C, *S), got {type(grid).__name__}")
+        return DXPolicy(grid, x_src, sigma_src, step.segment_size, step.shift, **options)
 
     return policy_fn
 
@@ -95,13 +110,17 @@ def sample(
     Raw times of a deterministic run are those of `segments`, exactly; FlowMapSDEScheduler's, which went through float32
     noise levels and back, may cost a substep more here and there.
 
-    Raises a ValueError for settings outside their domain, noise that is not finite, and a policy of another shape.
+    An empty batch comes back as it is: nothing is called. Raises a ValueError for settings outside their domain, noise
+    that is not finite, and what is no policy or one of another shape.
     """
     schedule = NoiseSchedule() if schedule is None else schedule
     h = check_h(h)
+    check_whole("total_substeps", total_substeps, least=1)
     steps, sigmas, kept = _plan(nfe, final_step_size_scale, schedule, seq_len, h)
     temperature = resolve_temperature(temperature, nfe)
     x = _check_noise(noise)
+    if len(x) == 0:
+        return x
     for step in steps:
         x = _step(policy_fn, x, sigmas[step.index], step, schedule, total_substeps, temperature, seq_len)
         if h > 0 and not step.is_last:
@@ -126,6 +145,8 @@ def _step(
 ) -> Tensor:
     """The state at the step's destination: one network evaluation and the rollout of its policy."""
     policy = policy_fn(x, sigma.to(x).expand(x.shape[0]), step)
+    if not isinstance(policy, Policy):
+        raise ValueError(f"policy_fn: expected a Policy, such as GMFlowPolicy or DXPolicy, got {type(policy).__name__}")
     if policy.x_src.shape != x.shape:
         raise ValueError(
             f"policy_fn: expected a policy for states {tuple(x.shape)}, got one for {tuple(policy.x_src.shape)}"

@@ -9,6 +9,8 @@ from tests.golden_vectors import Case, load_group
 
 WARPS = [case for case in load_group("g02_sampler").cases if "raw_t" in case.inputs]
 
+FALLING = NoiseSchedule(use_dynamic_shifting=True, base_logshift=2.0, max_logshift=0.1, dynamic_shifting_type="sqrt")
+
 
 def schedule_of(case: Case) -> NoiseSchedule:
     sampler = {name: value for name, value in case.scalars["sampler"].items() if name != "num_timesteps"}
@@ -72,6 +74,10 @@ def test_max_substeps_only_pads() -> None:
     assert (wide[:, tight.shape[1] :] == tight[:, -1:]).all()
 
 
+def test_an_empty_batch_has_no_levels() -> None:
+    assert NoiseSchedule(3.2).substep_sigmas(torch.ones(0), torch.zeros(0), 16).shape == (0, 2)
+
+
 @pytest.mark.parametrize("nfe", [1, 2, 3, 4, 8, 17])
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.0, 2.0])
 def test_segments_tile_raw_time(nfe: int, scale: float) -> None:
@@ -98,8 +104,22 @@ def test_segments_tile_raw_time(nfe: int, scale: float) -> None:
         (lambda: segments(2, -1), "final_step_size_scale: expected"),
         (
             lambda: NoiseSchedule().substep_sigmas(torch.ones(2), torch.zeros(2), 0),
-            "total_substeps: expected at least 1",
+            "total_substeps: expected a whole number, at least 1, got 0",
         ),
+        (
+            lambda: NoiseSchedule().substep_sigmas(torch.ones(2), torch.zeros(2), "8"),  # type: ignore[arg-type]
+            "total_substeps: expected a whole number, at least 1, got '8'",
+        ),
+        (lambda: NoiseSchedule("3"), "shift: expected a positive finite number, got '3'"),  # type: ignore[arg-type]
+        (lambda: segments(2, "x"), "final_step_size_scale: expected a finite number, at least 0, got 'x'"),  # type: ignore[arg-type]
+        (
+            lambda: NoiseSchedule(use_dynamic_shifting=True, base_logshift=math.nan),
+            "base_logshift, .* got nan and 1.15",
+        ),
+        (lambda: NoiseSchedule(use_dynamic_shifting=True, max_logshift=math.inf), "max_logshift: .* got 0.5 and inf"),
+        (lambda: FALLING.shift_for(100_000), "seq_len: expected .* positive .* make it -.* at 100000 tokens"),
+        (lambda: FALLING.sigma(0.5, 100_000), "seq_len: expected a length whose shift is positive"),
+        (lambda: NoiseSchedule(use_dynamic_shifting=True).shift_for(10**8), "make it inf at 100000000 tokens"),
         (lambda: NoiseSchedule().substep_sigmas(torch.ones(2), torch.zeros(3), 4), "raw_t_start, raw_t_end: expected"),
     ],
 )

@@ -1,9 +1,13 @@
-from types import SimpleNamespace
+import inspect
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+import piflow.distillation
+import piflow.policies
+import piflow.sampler
 from piflow.noise_schedule import NoiseSchedule, segments
 from piflow.policies import GMFlowPolicy, Policy
 from piflow.sampler import PolicyFn, SampleStep, dx_policy_fn, gm_policy_fn, sample
@@ -164,13 +168,17 @@ def test_dynamic_shift_needs_the_sequence_length() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"nfe": 0}, "nfe: expected a whole number of network evaluations, at least 1, got 0"),
+        ({"nfe": 0}, "nfe: expected a whole number, at least 1, got 0"),
         ({"nfe": 1.5}, "nfe: expected a whole number"),
         ({"temperature": -1.0}, "temperature: expected a finite number, at least 0"),
         ({"temperature": "warm"}, "temperature: expected a number, 'auto' or None, got 'warm'"),
         ({"h": -0.5}, "h: expected a number, at least 0"),
-        ({"total_substeps": 0}, "total_substeps: expected at least 1"),
+        ({"h": None}, "h: expected a number, at least 0 .* got None"),
+        ({"h": "x"}, "h: expected a number, at least 0 .* got 'x'"),
+        ({"total_substeps": 0}, "total_substeps: expected a whole number, at least 1, got 0"),
+        ({"total_substeps": "8"}, "total_substeps: expected a whole number, at least 1, got '8'"),
         ({"final_step_size_scale": -1.0}, "final_step_size_scale: expected"),
+        ({"final_step_size_scale": "x"}, "final_step_size_scale: expected a finite number, at least 0, got 'x'"),
         ({"noise": torch.full((1, 2, 3), float("nan"))}, "noise: expected finite numbers, found NaN"),
         ({"noise": torch.zeros(2, 3)}, "noise: expected \\(B, C, \\*S\\) with one to three spatial axes"),
         ({"noise": torch.zeros(1, 2, 3, dtype=torch.long)}, "noise: expected a floating-point tensor"),
@@ -190,3 +198,49 @@ def test_policy_of_another_shape_is_an_error() -> None:
         ValueError, match="policy_fn: expected a policy for states \\(2, 3, 4\\), got one for \\(1, 3, 4\\)"
     ):
         sample(policy_fn, noise_of(2, 3, 4), 1)
+
+
+@pytest.mark.parametrize(
+    ("output", "got"),
+    [
+        (lambda means, logstds, logweights: (means, logweights), "got tuple with \\(Tensor, Tensor\\)"),
+        (lambda *outputs: list(outputs), "got list with \\(NoneType, NoneType, NoneType\\)"),
+        (lambda means, *rest: {"means": means}, "got dict with \\(Tensor, NoneType, NoneType\\)"),
+        (lambda *outputs: None, "got NoneType with"),
+    ],
+)
+def test_network_output_of_another_form_is_an_error(output, got: str) -> None:  # type: ignore[no-untyped-def]
+    policy_fn = gm_policy_fn(lambda x, sigma: output(*gm_network(x, sigma)))
+    with pytest.raises(ValueError, match=f"network: expected tensors means, logstds and logweights .* {got}"):
+        sample(policy_fn, noise_of(2, 3, 4), 1)
+
+
+def test_dx_network_without_a_tensor_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"network: expected a tensor grid .* got tuple"):
+        sample(dx_policy_fn(gm_network), noise_of(2, 3, 4), 1)  # type: ignore[arg-type]
+
+
+def test_no_policy_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"policy_fn: expected a Policy, .* got NoneType"):
+        sample(lambda x_src, sigma_src, step: None, noise_of(2, 3, 4), 1)  # type: ignore[arg-type,return-value]
+
+
+@pytest.mark.parametrize("h", [0.0, 0.5])
+def test_an_empty_batch_stays_empty(h: float) -> None:
+    calls: list[SampleStep] = []
+    x = sample(gm_policy_fn(gm_network), torch.zeros(0, 3, 4), 2, h=h, callback=lambda step, x: calls.append(step))
+    assert x.shape == (0, 3, 4)
+    assert calls == []
+
+
+@pytest.mark.parametrize("module", [piflow.policies.base, piflow.policies, piflow.distillation, piflow.sampler])
+def test_public_names_say_what_they_do(module: ModuleType) -> None:
+    public = [member for name, member in vars(module).items() if not name.startswith("_")]
+    documentable = [member for member in public if inspect.isfunction(member) or inspect.isclass(member)]
+    ours = [member for member in documentable if member.__module__.startswith("piflow.")]
+    assert ours
+    for member in ours:
+        assert member.__doc__, member
+        for name, attribute in vars(member).items():
+            if not name.startswith("_") and (inspect.isfunction(attribute) or isinstance(attribute, property)):
+                assert attribute.__doc__, f"{member.__name__}.{name}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from piflow.noise_schedule import NoiseSchedule
 
-from .guidance import VelocityFn, per_pixel
+from .guidance import VelocityFn, check_shape, per_pixel
 from .times import sample_raw_times
 
 
@@ -35,16 +35,16 @@ def flow_matching_loss(
     """loss_scale / 2 |u(x_t, sigma) - (noise - x_0)|^2, the mean over samples, channels and space.
 
     x_0: (B, C, *S) data. raw_t (B,) and noise (B, C, *S) replace what is otherwise drawn with `generator`, in this
-    order.
+    order. Raises a ValueError where these or the velocity have another shape: nothing is broadcast.
     """
     device = None if generator is None else generator.device
     raw_t = sample_raw_times(x_0.shape[0], generator=generator) if raw_t is None else raw_t
     if noise is None:
         noise = torch.randn(x_0.shape, generator=generator, device=device, dtype=x_0.dtype)
-    noise = noise.to(x_0.device)
-    sigma = schedule.sigma(raw_t, seq_len).to(x_0.device)
+    noise = check_shape("noise", noise, x_0.shape).to(x_0.device)
+    sigma = schedule.sigma(check_shape("raw_t", raw_t, x_0.shape[:1]), seq_len).to(x_0.device)
     level = per_pixel(sigma, x_0)
     x_t = (1 - level) * x_0 + level * noise
-    error = velocity(x_t, sigma) - (noise - x_0)
+    error = check_shape("velocity", velocity(x_t, sigma), x_t.shape) - (noise - x_0)
     losses = loss_scale * 0.5 * error.square().flatten(1).mean(1)
     return FlowMatchingResult(losses.mean(), losses, sigma)

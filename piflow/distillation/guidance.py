@@ -17,9 +17,17 @@ def per_pixel(scalar: Tensor | float, state: Tensor) -> Tensor:
     return scalar.reshape(-1, *[1] * (state.dim() - 1))
 
 
+def check_shape(name: str, value: object, shape: tuple[int, ...]) -> Tensor:
+    """`value`, if it is a tensor of this very shape: nothing is broadcast."""
+    if not isinstance(value, Tensor) or tuple(value.shape) != tuple(shape):
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: expected a tensor of shape {tuple(shape)}, got {got}")
+    return value
+
+
 def velocity_from_x_0(x_0: Tensor, x_t: Tensor, sigma: Tensor, eps: float = 1e-4) -> Tensor:
     """u = (x_t - x_0) / max(sigma, eps), for a teacher that predicts x_0. States (B, C, *S), sigma (B,)."""
-    return (x_t - x_0) / per_pixel(sigma, x_t).clamp(min=eps)
+    return (x_t - check_shape("x_0", x_0, x_t.shape)) / per_pixel(sigma, x_t).clamp(min=eps)
 
 
 def guidance_bias(
@@ -33,10 +41,10 @@ def guidance_bias(
 
     Predictions (B, C, *S); scale: a number or (B,). The projection is over channels and space of each sample.
     """
-    bias = (per_pixel(scale, positive) - 1) * (positive - negative)
+    bias = (per_pixel(scale, positive) - 1) * (positive - check_shape("negative", negative, positive.shape))
     if not orthogonal:
         return bias
-    along = positive if parallel_dir is None else parallel_dir
+    along = positive if parallel_dir is None else check_shape("parallel_dir", parallel_dir, positive.shape)
     axes = tuple(range(1, positive.dim()))
     # A zero direction has no projection: the floor keeps 0 / 0 from becoming NaN.
     square = along.square().sum(axes, keepdim=True).clamp(min=torch.finfo(along.dtype).tiny)
@@ -59,6 +67,7 @@ def guided_velocity(
     The part of the guidance that `orthogonal` (0 to 1) removes is parallel to `parallel_dir`, by default the
     conditional estimate of x_0. `interval` = (lowest, highest) noise level, ends included: none elsewhere.
     """
+    check_shape("positive", positive, x_t.shape)
     level = per_pixel(sigma, x_t)
     if parallel_dir is None and orthogonal:
         parallel_dir = x_t - level * positive
@@ -90,9 +99,10 @@ def guided_teacher(
 
     def teacher(x_t: Tensor, sigma: Tensor) -> Tensor:
         if scale == 1:
-            return velocity(x_t, sigma, cond)
-        both = velocity(torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), torch.cat([null_cond, cond]))
-        negative, positive = both.to(x_t.dtype).chunk(2)
+            return check_shape("velocity", velocity(x_t, sigma, cond), x_t.shape)
+        x_both = torch.cat([x_t, x_t])
+        both = velocity(x_both, torch.cat([sigma, sigma]), torch.cat([null_cond, cond]))
+        negative, positive = check_shape("velocity", both, x_both.shape).to(x_t.dtype).chunk(2)
         return guided_velocity(positive, negative, scale, x_t, sigma, orthogonal=orthogonal, interval=interval)
 
     return teacher

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from piflow.noise_schedule import NoiseSchedule, segment_sizes, segments
+from piflow.noise_schedule import NoiseSchedule, check_number, check_whole, segment_sizes, segments
 from piflow.policies import Policy
 from piflow.policies.base import check_dropout
 
-from .guidance import VelocityFn, per_pixel
+from .guidance import VelocityFn, check_shape, per_pixel
 from .times import SourceTimes
 from .trajectory import MixedTrajectory, mix_trajectory
 
@@ -43,12 +42,10 @@ class ImitationConfig:
 
     def __post_init__(self) -> None:
         segment_sizes(self.nfe, self.final_step_size_scale)
-        check_dropout(self.policy_dropout)
+        check_dropout(self.policy_dropout, "policy_dropout")
+        check_number("loss_scale", self.loss_scale, positive=True)
         for name, least in (("total_substeps", 1), ("num_intermediate_states", 1), ("window_substeps", 0)):
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
-        if not (math.isfinite(self.loss_scale) and self.loss_scale > 0):
-            raise ValueError(f"loss_scale: expected a positive finite number, got {self.loss_scale}")
+            check_whole(name, getattr(self, name), least)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,11 +107,15 @@ def imitation_segment(
     source: as sampled by `sample_source_times`, (B,) each, on the CPU (times decide shapes; states may be anywhere).
     teacher: (x_t, sigma (B,)) -> velocity; called m times, without gradient. draws: recorded random numbers; otherwise
     they come from `generator`, in the order dropout, student, teacher.
+
+    Raises a ValueError where draws or the teacher's velocity have another shape: nothing is broadcast.
     """
     rolled_out = policy.detach().with_dropout(
         config.policy_dropout, generator=generator, draw=None if draws is None else draws.dropout
     )
     draws = _draw(source, config, generator) if draws is None else draws
+    check_shape("draws.student", draws.student, (len(source.raw_t), config.num_intermediate_states))
+    check_shape("draws.teacher", draws.teacher, (len(source.raw_t), config.num_intermediate_states - 1))
     path = mix_trajectory(
         source.raw_t,
         source.segment_size,
@@ -134,7 +135,7 @@ def imitation_segment(
         sigma_a = levels[:, -1]
         with torch.no_grad():
             x_a = rolled_out.rollout(x_t, levels.to(device))
-            target = teacher(x_a, sigma_a.to(device)).to(x_a.dtype)
+            target = check_shape("teacher", teacher(x_a, sigma_a.to(device)), x_a.shape).to(x_a.dtype)
             x_t = x_a + per_pixel(schedule.sigma(raw_t_b, seq_len) - sigma_a, x_a) * target
         raw_t = raw_t_b
         # The rollout ends a few roundings from sigma(raw_t_a). A state has one level, or short windows feel the gap.

@@ -12,10 +12,15 @@ from piflow.noise_schedule import NoiseSchedule, segment_sizes
 
 
 class SegmentConfig(Protocol):
+    """What `sample_source_times` reads of a configuration, such as `ImitationConfig`."""
+
     @property
-    def nfe(self) -> int: ...
+    def nfe(self) -> int:
+        """Number of segments."""
+
     @property
-    def final_step_size_scale(self) -> float: ...
+    def final_step_size_scale(self) -> float:
+        """Length of the last segment in units of the others."""
 
 
 class SourceTimes(NamedTuple):

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .guidance import check_shape
+
 
 class MixedTrajectory(NamedTuple):
     """Raw times of the m intermediate states, all (m, B) but for `window` and `raw_t_dst`, (B,).
@@ -41,6 +43,9 @@ def mix_trajectory(
     """
     if not 0 <= teacher_ratio <= 1:
         raise ValueError(f"teacher_ratio: expected a share within [0, 1], got {teacher_ratio}")
+    batch, states = len(raw_t_src), student_draw.shape[-1]
+    check_shape("student_draw", student_draw, (batch, states))
+    check_shape("teacher_draw", teacher_draw, (batch, states - 1))
     substep = segment_size / (segment_size * total_substeps).round().clamp(min=1)
     window = (window_substeps * substep).minimum(segment_size)
     free = segment_size - window

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from numbers import Real
 from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from piflow.noise_schedule import NoiseSchedule
-
-Backend = Literal["reference", "torch", "triton"]
-Layout = Literal["spatial", "packed"]
 
 
 class Policy(ABC):
@@ -80,8 +78,14 @@ def resolve_temperature(temperature: float | Literal["auto"] | None, nfe: int) -
 
 
 def check_temperature(temperature: object) -> float | None:
+    """A temperature as policies take it: a number or None. "auto" needs `resolve_temperature` first."""
     if temperature is None:
         return None
+    if temperature == "auto":
+        raise ValueError(
+            "temperature: 'auto' depends on nfe, which a policy does not know: piflow.sampler.sample resolves it, "
+            "and so does resolve_temperature('auto', nfe)"
+        )
     if isinstance(temperature, bool) or not isinstance(temperature, int | float):
         raise ValueError(f"temperature: expected a number, 'auto' or None, got {temperature!r}")
     if not (math.isfinite(temperature) and temperature >= 0):
@@ -89,6 +93,7 @@ def check_temperature(temperature: object) -> float | None:
     return float(temperature)
 
 
-def check_dropout(p: float) -> None:
-    if not 0 <= p <= 1:
-        raise ValueError(f"p: expected a dropout probability within [0, 1], got {p}")
+def check_dropout(p: float, name: str = "p") -> None:
+    """Raise a ValueError unless `p` is a probability."""
+    if not isinstance(p, Real) or not 0 <= p <= 1:
+        raise ValueError(f"{name}: expected a dropout probability within [0, 1], got {p!r}")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from piflow_kernels import dx_mean_velocity, dx_mean_velocity_loss, dx_rollout, dx_velocity
+from piflow_kernels.arguments import Backend, Layout
 
-from .base import Backend, Layout, Policy, check_dropout, check_temperature
+from .base import Policy, check_dropout, check_temperature
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,27 +43,34 @@ class DXPolicy(Policy):
         return {name: getattr(self, name) for name in ("mode", "layout", "eps", "backend")}
 
     def velocity(self, x_t: Tensor, sigma_t: Tensor) -> Tensor:
+        """Velocity (B, C, *S) at (x_t, sigma_t (B,))."""
         return dx_velocity(x_t, sigma_t, *self._source, **self._options)
 
     def rollout(self, x_start: Tensor, sigmas: Tensor) -> Tensor:
+        """State (B, C, *S) reached from `x_start` by Euler steps through `sigmas` (B, N + 1)."""
         return dx_rollout(x_start, sigmas, *self._source, **self._options)
 
     def mean_velocity(self, x_start: Tensor, sigmas: Tensor, local: Tensor | None = None) -> Tensor:
+        """Mean velocity (B, C, *S) of the rollout, the velocity at its start where `local` (B,) is true."""
         return dx_mean_velocity(x_start, sigmas, *self._source, local=local, **self._options)
 
     def mean_velocity_loss(
         self, x_start: Tensor, sigmas: Tensor, target: Tensor, local: Tensor | None = None
     ) -> Tensor:
+        """Mean square (B,) of mean_velocity - target (B, C, *S) over channels and space."""
         return dx_mean_velocity_loss(x_start, sigmas, *self._source, target=target, local=local, **self._options)
 
     def detach(self) -> Self:
+        """The same policy, through which no gradient flows to grid or x_src."""
         names = ("grid", "x_src", "sigma_src")
         return replace(self, **{name: getattr(self, name).detach() for name in names})
 
     def with_temperature(self, temperature: float | None) -> Self:
+        """The policy itself: it has no components to sharpen."""
         check_temperature(temperature)
         return self
 
     def with_dropout(self, p: float, generator: torch.Generator | None = None, draw: Tensor | None = None) -> Self:
+        """The policy itself: it has no components to drop."""
         check_dropout(p)
         return self

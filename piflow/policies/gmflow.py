@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from piflow_kernels import gm_mean_velocity, gm_mean_velocity_loss, gm_rollout, gm_velocity
+from piflow_kernels.arguments import Backend, Layout
 
-from .base import Backend, Layout, Policy, check_dropout, check_temperature
+from .base import Policy, check_dropout, check_temperature
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,24 +44,30 @@ class GMFlowPolicy(Policy):
         return {name: getattr(self, name) for name in ("temperature", "keep", "layout", "eps", "backend")}
 
     def velocity(self, x_t: Tensor, sigma_t: Tensor) -> Tensor:
+        """Velocity (B, C, *S) at (x_t, sigma_t (B,))."""
         return gm_velocity(x_t, sigma_t, *self._source, **self._options)
 
     def rollout(self, x_start: Tensor, sigmas: Tensor) -> Tensor:
+        """State (B, C, *S) reached from `x_start` by Euler steps through `sigmas` (B, N + 1)."""
         return gm_rollout(x_start, sigmas, *self._source, **self._options)
 
     def mean_velocity(self, x_start: Tensor, sigmas: Tensor, local: Tensor | None = None) -> Tensor:
+        """Mean velocity (B, C, *S) of the rollout, the velocity at its start where `local` (B,) is true."""
         return gm_mean_velocity(x_start, sigmas, *self._source, local=local, **self._options)
 
     def mean_velocity_loss(
         self, x_start: Tensor, sigmas: Tensor, target: Tensor, local: Tensor | None = None
     ) -> Tensor:
+        """Mean square (B,) of mean_velocity - target (B, C, *S) over channels and space."""
         return gm_mean_velocity_loss(x_start, sigmas, *self._source, target=target, local=local, **self._options)
 
     def detach(self) -> Self:
+        """The same policy, through which no gradient flows to means, logstds, logweights or x_src."""
         names = ("means", "logstds", "logweights", "x_src", "sigma_src")
         return replace(self, **{name: getattr(self, name).detach() for name in names})
 
     def with_temperature(self, temperature: float | None) -> Self:
+        """The policy at this temperature: a number, at least 0 (1 or more: unchanged), or None."""
         return replace(self, temperature=check_temperature(temperature))
 
     def with_dropout(self, p: float, generator: torch.Generator | None = None, draw: Tensor | None = None) -> Self:

@@ -45,7 +45,10 @@ def flow_map_step(x_dst: Tensor, sigma_next: Tensor, kept: Tensor, noise: Tensor
 
 def check_h(h: float | str) -> float:
     """h as a number: "inf" is how a JSON configuration says infinity."""
-    value = float(h)
+    try:
+        value = float(h)
+    except (TypeError, ValueError):
+        value = math.nan
     if math.isnan(value) or value < 0:
         raise ValueError(f"h: expected a number, at least 0 ('inf' included), got {h!r}")
     return value

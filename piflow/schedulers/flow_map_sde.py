@@ -88,6 +88,7 @@ class FlowMapSDEScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def begin_index(self) -> int | None:
+        """Index of the first step, as set by `set_begin_index`."""
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:

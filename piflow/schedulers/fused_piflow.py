@@ -18,7 +18,7 @@ class FusedPiflowScheduler(PiflowScheduler):
 
     Made by `FusedPiflowScheduler.from_config(pipe.scheduler.config)`; configuration, schedule, step index rules and
     errors are those of the class that it replaces, results agree to 1e-5. Noise levels and substep counts come from
-    float32 by the same operations in the same order (half-to-even rounding, repeated subtraction), the coefficients from
+    float32 by the same operations in the same order (half-to-even rounding, repeated subtraction), coefficients from
     those in float64. All is prepared in `set_timesteps` on the CPU, so that `step` does not synchronise a GPU.
     """
 

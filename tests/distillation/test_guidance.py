@@ -150,6 +150,47 @@ def test_errors_name_the_argument() -> None:
         guided_teacher(lambda x_t, sigma, cond: x_t, torch.zeros(3), torch.zeros(2), 2.0)
 
 
+ONE_CHANNEL = "expected a tensor of shape \\(2, 3, 4\\), got \\(2, 1, 4\\)"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, sigma: guidance_bias(x, x[:, :1], 2.0), f"negative: {ONE_CHANNEL}"),
+        (lambda x, sigma: guidance_bias(x, x, 2.0, 1.0, x[:, :1]), f"parallel_dir: {ONE_CHANNEL}"),
+        (lambda x, sigma: guided_velocity(x[:, :1], x[:, :1], 2.0, x, sigma), f"positive: {ONE_CHANNEL}"),
+        (lambda x, sigma: velocity_from_x_0(x[:, :1], x, sigma), f"x_0: {ONE_CHANNEL}"),
+        (
+            lambda x, sigma: guided_teacher(lambda x_t, s, c: x_t[:, :1], sigma, sigma, 1.0)(x, sigma),
+            f"velocity: {ONE_CHANNEL}",
+        ),
+        (
+            lambda x, sigma: guided_teacher(lambda x_t, s, c: x_t[:2], sigma, sigma, 2.0)(x, sigma),
+            "velocity: expected a tensor of shape \\(4, 3, 4\\), got \\(2, 3, 4\\)",
+        ),
+        (
+            lambda x, sigma: flow_matching_loss(lambda x_t, s: x_t, x, NoiseSchedule(), noise=x[:, :1]),
+            f"noise: {ONE_CHANNEL}",
+        ),
+        (
+            lambda x, sigma: flow_matching_loss(lambda x_t, s: x_t[:, :1], x, NoiseSchedule()),
+            f"velocity: {ONE_CHANNEL}",
+        ),
+        (
+            lambda x, sigma: flow_matching_loss(lambda x_t, s: (x_t,), x, NoiseSchedule()),
+            "velocity: expected a tensor of shape \\(2, 3, 4\\), got tuple",
+        ),
+        (
+            lambda x, sigma: flow_matching_loss(lambda x_t, s: x_t, x, NoiseSchedule(), raw_t=torch.ones(1)),
+            "raw_t: expected a tensor of shape \\(2,\\), got \\(1,\\)",
+        ),
+    ],
+)
+def test_wrong_shapes_are_not_broadcast(call, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=message):
+        call(torch.randn(2, 3, 4), torch.ones(2))
+
+
 def test_flow_matching_draws_repeat_with_their_generator() -> None:
     x_0 = torch.randn(4, 2, 5)
     losses = [

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -24,11 +25,40 @@ from piflow.policies import DXPolicy, GMFlowPolicy, Policy
 from tests.golden_vectors import Case, load_group
 
 TOLERANCE = 1e-5  # issue 2: losses and gradients to 1e-5
-NOISE_OF_GOLDEN = {  # distance of the vectors' float32 gradients from float64, where it exceeds golden/README.md's 2e-4
-    ("win0.nis2.tr0.0", "logstds"): 2.3e-3,
-    ("win0.nis2.tr0.5", "logstds"): 2.2e-4,
-    ("win0.nis4.tr1.0", "logstds"): 3.7e-4,
-    ("win3.nis4.tr0.0", "logstds"): 4.4e-4,
+EXACT = 1e-9  # float64 on both sides
+LOOSER = {  # the float32 gradients that miss 1e-5 (measured with ATen's AVX2 and its plain kernels), with their bounds
+    ("win3.nis2.tr1.0", "means"): 1e-4,  # 4.1e-5 to 7.7e-5; the textbook in float32: 1.8e-4
+    ("win3.nis2.tr1.0", "logweights"): 1e-4,  # 4.0e-5 to 7.5e-5; the textbook: 1.7e-4
+    ("drop0.4.win3.nis2.tr0", "means"): 1.3e-5,  # 1.1e-5 to 1.2e-5; the textbook: 9.0e-6
+}
+CLEAN = 5e-6
+NOISE_OF_GOLDEN = {  # distance of the vectors' float32 gradients from float64, where it is not below CLEAN
+    ("win0.nis2.tr0.0", "means"): 6.14e-6,
+    ("win0.nis2.tr0.0", "logstds"): 2.22e-3,
+    ("win0.nis2.tr0.5", "means"): 1.40e-5,
+    ("win0.nis2.tr0.5", "logstds"): 2.07e-4,
+    ("win0.nis2.tr1.0", "means"): 7.94e-6,
+    ("win0.nis2.tr1.0", "logstds"): 1.24e-4,
+    ("win0.nis4.tr0.5", "logstds"): 1.47e-5,
+    ("win0.nis4.tr1.0", "means"): 6.99e-5,
+    ("win0.nis4.tr1.0", "logstds"): 3.63e-4,
+    ("win0.nis4.tr1.0", "logweights"): 1.24e-5,
+    ("win3.nis2.tr0.0", "logstds"): 3.56e-5,
+    ("win3.nis2.tr1.0", "means"): 5.15e-5,
+    ("win3.nis2.tr1.0", "logstds"): 2.21e-5,
+    ("win3.nis2.tr1.0", "logweights"): 5.04e-5,
+    ("win3.nis4.tr0.0", "means"): 5.86e-6,
+    ("win3.nis4.tr0.0", "logstds"): 4.34e-4,
+    ("win3.nis4.tr0.5", "logstds"): 2.56e-5,
+    ("win3.nis4.tr1.0", "logstds"): 4.51e-5,
+    ("drop0.4.win3.nis2.tr0", "means"): 1.37e-5,
+    ("drop0.4.win3.nis2.tr0", "logstds"): 1.47e-5,
+    ("drop0.4.win3.nis2.tr0", "logweights"): 6.35e-6,
+    ("nfe1.win0.nis2.tr0.s1", "logstds"): 8.93e-6,
+    ("win_gt_seg", "logstds"): 2.22e-5,
+    ("win_gt_seg", "logweights"): 7.45e-6,
+    ("n1", "means"): 5.38e-6,
+    ("n1", "logstds"): 2.85e-5,
 }
 
 
@@ -85,12 +115,16 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
+def gradients(case: Case, backend: str | None = None, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    _, leaves, result = run(case, backend, dtype)
+    result.loss.backward()
+    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
 @cache
 def exact_gradients(case_id: str) -> dict[str, Tensor]:
     """Autograd of the textbook formula in float64."""
-    _, leaves, result = run(load_group("g07_piid_segment")[case_id], "reference", torch.float64)
-    result.loss.backward()
-    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return gradients(load_group("g07_piid_segment")[case_id], "reference", torch.float64)
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
@@ -124,18 +158,30 @@ def test_segment_agrees_with_golden(case: Case, backend: str | None) -> None:
 def test_gradients_agree_with_golden(case: Case) -> None:
     """Three-sided: the vectors are float32 and partly noise, so float64 autograd of the textbook formula arbitrates.
 
-    It agrees with the vectors to their noise, and ours with it to 1e-5, or to that noise where the vectors have more.
+    Ours agree with it to 1e-5 in float32 and to 1e-9 in float64, and with the vectors to 1e-5 wherever those are clean.
     """
-    _, leaves, result = run(case)
-    result.loss.backward()
-    exact = exact_gradients(case.id)
-    assert exact.keys() == leaves.keys()
+    exact, ours, ours64 = exact_gradients(case.id), gradients(case), gradients(case, dtype=torch.float64)
+    assert exact.keys() == ours.keys() == ours64.keys()
     for name, expected in exact.items():
-        gradient = leaves[name].grad
-        assert gradient is not None
-        noise = relative_error(case.outputs[f"d_{name}"].double(), expected)
-        assert noise < NOISE_OF_GOLDEN.get((case.id, name), 2e-4), name
-        assert relative_error(gradient.double(), expected) < max(TOLERANCE, noise), name
+        key, vector = (case.id, name), case.outputs[f"d_{name}"].double()
+        assert relative_error(ours[name].double(), expected) < LOOSER.get(key, TOLERANCE), name
+        assert relative_error(ours64[name], expected) < EXACT, name
+        noise = relative_error(vector, expected)
+        if key in NOISE_OF_GOLDEN:
+            assert noise == pytest.approx(NOISE_OF_GOLDEN[key], rel=0.01), name
+        else:
+            assert noise < CLEAN, name
+            assert relative_error(ours[name].double(), vector) < TOLERANCE, name
+
+
+def test_exceptions_are_gradients_of_the_vectors() -> None:
+    names = {
+        (case.id, name.removeprefix("d_"))
+        for case in load_group("g07_piid_segment").cases
+        for name in case.outputs
+        if name.startswith("d_")
+    }
+    assert LOOSER.keys() | NOISE_OF_GOLDEN.keys() <= names
 
 
 @pytest.mark.parametrize("case", load_group("g07_piid_segment").cases, ids=lambda case: case.id)
@@ -310,10 +356,13 @@ def test_teacher_ratio_decays_linearly() -> None:
     ("settings", "message"),
     [
         ({"nfe": 0}, "nfe: expected"),
-        ({"nfe": 1, "total_substeps": 0}, "total_substeps: expected at least 1"),
-        ({"nfe": 1, "num_intermediate_states": 0}, "num_intermediate_states: expected at least 1"),
-        ({"nfe": 1, "window_substeps": -1}, "window_substeps: expected at least 0"),
-        ({"nfe": 1, "policy_dropout": 1.1}, "dropout probability"),
+        ({"nfe": 1, "total_substeps": 0}, "total_substeps: expected a whole number, at least 1, got 0"),
+        ({"nfe": 1, "num_intermediate_states": 0}, "num_intermediate_states: expected a whole number, at least 1"),
+        ({"nfe": 1, "window_substeps": -1}, "window_substeps: expected a whole number, at least 0"),
+        ({"nfe": 1, "total_substeps": 1.5}, "total_substeps: expected a whole number, at least 1, got 1.5"),
+        ({"nfe": 1, "num_intermediate_states": float("nan")}, "num_intermediate_states: expected .* got nan"),
+        ({"nfe": 1, "policy_dropout": 1.1}, "policy_dropout: expected a dropout probability"),
+        ({"nfe": 1, "loss_scale": "x"}, "loss_scale: expected a positive finite number, got 'x'"),
         ({"nfe": 1, "loss_scale": 0.0}, "loss_scale: expected a positive"),
         ({"nfe": 1, "final_step_size_scale": float("nan")}, "final_step_size_scale: expected"),
     ],
@@ -328,6 +377,42 @@ def test_ratio_outside_its_range_is_an_error() -> None:
     policy, source = segment_of(config)
     with pytest.raises(ValueError, match="teacher_ratio: expected a share"):
         imitation_segment(policy, teacher, source, SCHEDULE, config, teacher_ratio=1.5)
+
+
+@pytest.mark.parametrize("answer", [lambda x_t: x_t[:, :1], lambda x_t: x_t[:1], lambda x_t: (x_t,)])
+def test_teacher_of_another_shape_is_an_error(answer: Callable[[Tensor], Tensor]) -> None:
+    config = ImitationConfig(1, total_substeps=8)
+    policy, source = segment_of(config)
+    with pytest.raises(ValueError, match=r"teacher: expected a tensor of shape \(3, 2, 3, 4\), got"):
+        imitation_segment(policy, lambda x_t, sigma: answer(x_t), source, SCHEDULE, config)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher_draw", "message"),
+    [
+        ((3, 3), (3, 1), r"draws.student: expected a tensor of shape \(3, 2\), got \(3, 3\)"),
+        ((3, 1), (3, 0), r"draws.student: expected a tensor of shape \(3, 2\), got \(3, 1\)"),
+        ((1, 2), (3, 1), r"draws.student: expected a tensor of shape \(3, 2\), got \(1, 2\)"),
+        ((3, 2), (3, 2), r"draws.teacher: expected a tensor of shape \(3, 1\), got \(3, 2\)"),
+        ((3, 2), (3, 0), r"draws.teacher: expected a tensor of shape \(3, 1\), got \(3, 0\)"),
+    ],
+)
+def test_wrong_number_of_draws_is_an_error(
+    student: tuple[int, int], teacher_draw: tuple[int, int], message: str
+) -> None:
+    config = ImitationConfig(1, total_substeps=8)
+    policy, source = segment_of(config)
+    draws = SegmentDraws(torch.rand(student), torch.rand(teacher_draw))
+    with pytest.raises(ValueError, match=message):
+        imitation_segment(policy, teacher, source, SCHEDULE, config, draws=draws)
+
+
+def test_trajectory_checks_its_draws() -> None:
+    times, settings = torch.ones(3), {"teacher_ratio": 0.5, "window_substeps": 0, "total_substeps": 8}
+    with pytest.raises(ValueError, match=r"student_draw: expected a tensor of shape \(3, 2\), got \(1, 2\)"):
+        mix_trajectory(times, times, torch.rand(1, 2), torch.rand(3, 1), **settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"teacher_draw: expected a tensor of shape \(3, 1\), got \(3, 2\)"):
+        mix_trajectory(times, times, torch.rand(3, 2), torch.rand(3, 2), **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("package", ["policies", "distillation", "schedulers", "sampler", "noise_schedule"])

@@ -87,5 +87,7 @@ def test_without_components_temperature_and_dropout_only_check() -> None:
     assert policy.with_temperature(0.1).with_dropout(0.9) is policy
     with pytest.raises(ValueError, match="temperature"):
         policy.with_temperature(-1)
+    with pytest.raises(ValueError, match="temperature: 'auto' depends on nfe"):
+        policy.with_temperature("auto")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="p: expected"):
         policy.with_dropout(2)

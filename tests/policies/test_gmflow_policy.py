@@ -194,6 +194,8 @@ def test_auto_temperature() -> None:
         (lambda policy: policy.with_temperature(-0.1), "temperature: expected a finite number, at least 0"),
         (lambda policy: policy.with_temperature(float("nan")), "temperature: expected a finite number"),
         (lambda policy: policy.with_temperature("hot"), "temperature: expected a number, 'auto' or None, got 'hot'"),
+        (lambda policy: policy.with_temperature("auto"), "temperature: 'auto' depends on nfe, .* resolve_temperature"),
+        (lambda policy: policy.with_dropout("x"), "p: expected a dropout probability within .* got 'x'"),
         (lambda policy: policy.with_dropout(1.5), "p: expected a dropout probability"),
         (lambda policy: policy.with_dropout(0.5, draw=torch.rand(2, 3)), "draw: expected .* shape \\(2, 4\\)"),
         (lambda policy: policy.velocity(torch.zeros(2, 3, 4, 3), torch.ones(2)), "x_t: expected shape"),

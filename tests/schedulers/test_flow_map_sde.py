@@ -128,6 +128,8 @@ def test_begin_index_starts_part_of_the_way_down() -> None:
     ("call", "message"),
     [
         (lambda: FlowMapSDEScheduler(h=-1.0), "h: expected a number, at least 0"),
+        (lambda: FlowMapSDEScheduler(h=None), "h: expected a number, at least 0 .* got None"),  # type: ignore[arg-type]
+        (lambda: FlowMapSDEScheduler(h="x"), "h: expected a number, at least 0 .* got 'x'"),
         (lambda: FlowMapSDEScheduler(h=float("nan")), "h: expected a number"),
         (lambda: FlowMapSDEScheduler(min_raw_t=0.9, max_raw_t=0.1), "min_raw_t, max_raw_t: expected"),
         (lambda: FlowMapSDEScheduler(shift=-1.0), "shift: expected a positive"),
