@@ -42,5 +42,5 @@ bench: setup ## CPU benchmarks against their peers; run on a quiet machine
 	@mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/cpu.json
 
-clean: ## remove outputs and caches (not .venv)
-	rm -rf outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+clean: ## remove build products and caches; outputs and .venv stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

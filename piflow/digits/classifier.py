@@ -6,6 +6,7 @@ that command with its defaults; they are shipped so that Fréchet distances comp
 
 import argparse
 import json
+import sys
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from piflow.digits.data import IMAGE_SHAPE, NUM_CLASSES, check_labels, load_digits_images, split_indices
+from piflow.digits.folders import make_folder
 
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "classifier"
 NUM_FEATURES = 64
@@ -33,6 +35,11 @@ class ClassifierRecipe:
     held_out_fraction: float = 0.2
     split_seed: int = 0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
 class DigitsClassifier(nn.Module):
@@ -73,7 +80,12 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
 
 
 def train_classifier(recipe: ClassifierRecipe | None = None) -> tuple[DigitsClassifier, float]:
-    """Train by the recipe; returns the network in evaluation mode and its accuracy on the held-out digits."""
+    """Train by the recipe; returns the network in evaluation mode and its accuracy on the held-out digits.
+
+    Raises:
+        ValueError: the recipe leaves no digits to train on, or none held out.
+        FloatingPointError: the loss, also that on the held-out digits at the end, is not finite.
+    """
     recipe = recipe or ClassifierRecipe()
     images, labels = load_digits_images()
     train, held_out = split_indices(len(images), recipe.held_out_fraction, recipe.split_seed)
@@ -84,14 +96,22 @@ def train_classifier(recipe: ClassifierRecipe | None = None) -> tuple[DigitsClas
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     batches_per_epoch = -(-len(train) // recipe.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs * batches_per_epoch)
+
+    def loss_on(index: Tensor) -> Tensor:
+        loss = F.cross_entropy(classifier(images[index]), labels[index])
+        if not loss.isfinite():
+            raise FloatingPointError(f"The classifier's loss is {loss.item()}: lower learning_rate.")
+        return loss
+
     for _ in range(recipe.epochs):
         order = train[torch.randperm(len(train), generator=generator)]
         for index in order.split(recipe.batch_size):
             optimizer.zero_grad()
-            F.cross_entropy(classifier(images[index]), labels[index]).backward()
+            loss_on(index).backward()
             optimizer.step()
             schedule.step()
     classifier.eval().requires_grad_(False)
+    loss_on(held_out)
     return classifier, accuracy(extract(classifier, images[held_out])[1], labels[held_out])
 
 
@@ -129,7 +149,7 @@ def load_classifier(path: Path | str | None = None) -> DigitsClassifier:
     return classifier.eval().requires_grad_(False)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m piflow.digits.classifier", description="Train the classifier.")
     parser.add_argument("--out", type=Path, required=True, help="folder for classifier.safetensors and recipe.json")
     for field in fields(ClassifierRecipe):
@@ -137,11 +157,20 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(option, type=type(field.default), default=field.default, help="default: %(default)s")
     arguments = vars(parser.parse_args(argv))
     out = arguments.pop("out")
-    recipe = ClassifierRecipe(**arguments)
-    classifier, held_out_accuracy = train_classifier(recipe)
-    save_classifier(classifier, recipe, held_out_accuracy, out)
+    try:
+        recipe = ClassifierRecipe(**arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        make_folder(out)
+        classifier, held_out_accuracy = train_classifier(recipe)
+        save_classifier(classifier, recipe, held_out_accuracy, out)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
     print(f"Classifier saved in {out}: accuracy {held_out_accuracy:.4f} on the held-out digits.")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

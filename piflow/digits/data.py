@@ -29,10 +29,12 @@ def load_digits_images() -> tuple[Tensor, Tensor]:
 
 def split_indices(num_samples: int, held_out_fraction: float = 0.2, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Disjoint, shuffled indices (train, held out) int64 that cover range(num_samples); fixed by the seed."""
-    if not 0 < held_out_fraction < 1:
-        raise ValueError(f"held_out_fraction must lie strictly between 0 and 1, got {held_out_fraction}.")
+    if not (0 < held_out_fraction < 1 and 0 < (num_held_out := round(num_samples * held_out_fraction)) < num_samples):
+        raise ValueError(
+            f"held_out_fraction must lie between 0 and 1 and leave some of {num_samples} samples on either side, "
+            f"got {held_out_fraction}."
+        )
     order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))
-    num_held_out = round(num_samples * held_out_fraction)
     return order[num_held_out:], order[:num_held_out]
 
 

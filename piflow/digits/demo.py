@@ -3,10 +3,11 @@
     python -m piflow.digits.demo [--out outputs/digits] [--configs configs/digits/nfe1.yaml ...]
 
 Ends with report.json, report.md and samples.png in the output folder, and with a non-zero exit where a bar is missed.
+A student that is finished with the same configuration is kept, and an interrupted training goes on; `--fresh` trains
+anew. What stands in the way is moved aside, nothing is deleted.
 """
 
 import argparse
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,20 +15,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from diffusers import DiTTransformer2DModel
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from piflow.digits.folders import load_network, make_folder, move_aside
 from piflow.digits.report import ReportSettings, Sampler, Student, write_report
-from piflow.digits.teacher import load_teacher
 from piflow.models.dit import GMDiTTransformer2DModelV2, GMOutput
 from piflow.noise_schedule import NoiseSchedule
 from piflow.sampler import gm_policy_fn, sample
-from piflow.training.config import DistillationConfig, TrainConfig, load_config
-from piflow.training.errors import ConfigError, TrainingError
+from piflow.training.config import DistillationConfig, TeacherConfig, TrainConfig, load_config
+from piflow.training.errors import ConfigError, Interrupted, TrainingError
 from piflow.training.launch import launch_training
+from piflow.training.module import load_teacher
 
 DEFAULT_CONFIGS = tuple(Path("configs/digits") / f"nfe{nfe}.yaml" for nfe in (1, 2, 4))
 
@@ -57,15 +58,18 @@ def run_demo(
     overrides: Sequence[str] = (),
     num_processes: int = 2,
     num_samples: int = ReportSettings.num_samples,
+    fresh: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train one student per configuration into `out`/<name>, then write the report; returns what it holds.
 
-    A training that was interrupted goes on from its checkpoint; one that had finished is removed and done again.
+    A student finished with the same configuration is kept, an interrupted training goes on from its checkpoint, and a
+    training with another configuration is moved to `out`/<name>.replaced.1 (2, ...).
 
     Args:
         configs: files of `piflow.train`; their `output_dir` is replaced.
         overrides: `key=value`, applied to every configuration.
+        fresh: train every student anew, and move what is there aside.
 
     Raises:
         TrainingError: a configuration that cannot be used, or a training that failed.
@@ -76,17 +80,22 @@ def run_demo(
     if len(set(trainings.values())) < len(configs):
         raise ConfigError("Two configurations have the same file name: their students would overwrite each other.")
     loaded = {path: load_config(path, [*overrides, f"output_dir={folder}"]) for path, folder in trainings.items()}
-    settings = _settings_of(loaded, num_samples)  # wrong files end here, before minutes of training
-    teacher = stages.run("load the teacher", load_teacher)
+    settings, teacher_config = _common_to(loaded, num_samples)  # wrong files end here, before minutes of training
+    make_folder(out)
+    source = f" of {teacher_config.path}" if teacher_config.path else ""
+    teacher = stages.run(f"load the teacher{source}", partial(load_teacher, teacher_config))
 
     students: list[Student] = []
     for path, folder in trainings.items():
         nfe = loaded[path].distillation.nfe
-        if (folder / "student").is_dir():
-            shutil.rmtree(folder)
-        arguments = [*overrides, f"output_dir={folder}"]
-        stages.run(f"distil {path.stem}", partial(launch_training, path, arguments, num_processes))
-        model = load_student(folder / "student")
+        _make_room(folder, loaded[path], fresh, console)
+        model = _finished_student(folder, console)
+        if model is None:
+            arguments = [*overrides, f"output_dir={folder}"]
+            stages.run(f"distil {path.stem}", partial(launch_training, path, arguments, num_processes))
+            model = load_student(folder / "student")
+        else:
+            stages.seconds[f"distil {path.stem} (kept from before)"] = 0.0
         taken = any(student.nfe == nfe for student in students)
         name = f"student, {nfe} NFE" + f" ({path.stem})" * taken
         students.append(Student(name, nfe, student_sampler(model, loaded[path].distillation)))
@@ -105,12 +114,14 @@ def run_demo(
     return stages.run("sample and measure", report_on_students)
 
 
-def load_student(folder: Path) -> GMDiTTransformer2DModelV2:
-    """The exported EMA student of a training run, in evaluation mode and without gradients."""
-    if not (folder / "config.json").is_file():
-        raise TrainingError(f"The training left no student in {folder}: its messages above say why.")
-    model: DiTTransformer2DModel = GMDiTTransformer2DModelV2.from_pretrained(folder, low_cpu_mem_usage=False)
-    return model.eval().requires_grad_(False)
+def load_student(folder: Path | str) -> GMDiTTransformer2DModelV2:
+    """The exported EMA student of a training run, `<output_dir>/student`: in evaluation mode, without gradients.
+
+    Raises:
+        FileNotFoundError: no student there; ValueError: its weights are damaged or incomplete. Both say what to do.
+    """
+    remedy = "Its training writes it at the end, also when a finished one is started again: make demo, or piflow.train."
+    return load_network(GMDiTTransformer2DModelV2, folder, "student", remedy)
 
 
 def student_sampler(model: GMDiTTransformer2DModelV2, distillation: DistillationConfig) -> Sampler:
@@ -161,23 +172,47 @@ def show_report(report: dict[str, Any], out: Path, console: Console) -> bool:
     return all(bar["passed"] for bar in report["bars"])
 
 
-def _settings_of(configs: dict[Path, TrainConfig], num_samples: int) -> ReportSettings:
-    """The report samples the teacher as the students saw it, so they must agree on guidance and shift."""
+def _make_room(folder: Path, config: TrainConfig, fresh: bool, console: Console) -> None:
+    """Move the folder aside, unless it holds a training with this configuration that may be kept or go on."""
+    if not folder.exists():
+        return
+    try:
+        saved = load_config(folder / "config.yaml").model_copy(update={"output_dir": config.output_dir})
+    except ConfigError:  # none, or one of another version
+        saved = None
+    if fresh or saved != config:
+        reason = "" if fresh else " holds another training and"
+        _say(console, f"{folder}{reason} is moved to {move_aside(folder)}")
+
+
+def _finished_student(folder: Path, console: Console) -> GMDiTTransformer2DModelV2 | None:
+    if not (folder / "student").is_dir():
+        return None
+    try:
+        student = load_student(folder / "student")
+    except (OSError, ValueError) as error:  # the training goes on from its last checkpoint and writes it again
+        _say(console, str(error), "red")
+        return None
+    _say(console, f"{folder / 'student'} is finished, with the same configuration: kept (--fresh trains anew)")
+    return student
+
+
+def _common_to(configs: dict[Path, TrainConfig], num_samples: int) -> tuple[ReportSettings, TeacherConfig]:
+    """The report samples the teacher as the students saw it, so they must agree on it, its guidance and the shift."""
     if not configs:
         raise ConfigError("Give at least one configuration file.")
-    seen = {(config.distillation.guidance_scale, config.distillation.shift) for config in configs.values()}
-    if len(seen) > 1:
-        values = ", ".join(
-            f"{path}: {config.distillation.guidance_scale} and {config.distillation.shift}"
-            for path, config in configs.items()
+    seen = {path: (c.distillation.guidance_scale, c.distillation.shift, c.teacher) for path, c in configs.items()}
+    guidance_scale, shift, teacher = next(iter(seen.values()))
+    if len(set(seen.values())) > 1:
+        values = "; ".join(f"{path}: {scale}, {shift}, ({teacher})" for path, (scale, shift, teacher) in seen.items())
+        raise ConfigError(
+            f"The students of one report need one guidance_scale, one shift and one teacher, got {values}."
         )
-        raise ConfigError(f"The students of one report need one guidance_scale and one shift, got {values}.")
-    guidance_scale, shift = seen.pop()
-    return ReportSettings(num_samples=num_samples, guidance_scale=guidance_scale, shift=shift)
+    return ReportSettings(num_samples=num_samples, guidance_scale=guidance_scale, shift=shift), teacher
 
 
-def _complain(console: Console, message: str) -> None:
-    console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+def _say(console: Console, message: str, style: str | None = None) -> None:
+    console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -188,31 +223,39 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--configs", type=Path, nargs="+", default=DEFAULT_CONFIGS, help="default: configs/digits/nfe*.yaml"
     )
-    parser.add_argument("--num-processes", type=int, default=2, help="ranks of the launcher (default: %(default)s)")
+    parser.add_argument("--num-processes", type=int, default=2, help="ranks of each training (default: %(default)s)")
     parser.add_argument("--num-samples", type=int, default=ReportSettings.num_samples, help="default: %(default)s")
     parser.add_argument(
         "--set", dest="overrides", nargs="*", default=[], metavar="KEY=VALUE", help="for every training"
     )
+    parser.add_argument("--fresh", action="store_true", help="train anew also what is finished; move it aside")
     arguments = parser.parse_args(argv)
     console = Console()
+    go_on = f"Run the same command again{' without --fresh' * arguments.fresh}: finished students are kept."
     try:
+        if arguments.configs is DEFAULT_CONFIGS and not all(path.is_file() for path in DEFAULT_CONFIGS):
+            raise ConfigError(
+                f"There is no {DEFAULT_CONFIGS[0].parent} with the default configurations in {Path.cwd()}. "
+                "Run this from a checkout of piflow, or give files with --configs."
+            )
         report = run_demo(
             arguments.configs,
             arguments.out,
             overrides=arguments.overrides,
             num_processes=arguments.num_processes,
             num_samples=arguments.num_samples,
+            fresh=arguments.fresh,
             console=console,
         )
+    except (Interrupted, KeyboardInterrupt) as stop:
+        _say(console, f"Stopped. {go_on}", "red")
+        return getattr(stop, "exit_code", 130)
     except TrainingError as error:
-        _complain(console, str(error))
+        _say(console, str(error), "red")
         return error.exit_code
     except (ValueError, OSError, RuntimeError) as error:
-        _complain(console, f"The demo stopped: {error}")
+        _say(console, f"The demo stopped: {error}", "red")
         return 1
-    except KeyboardInterrupt:
-        _complain(console, "Interrupted. Run the command again.")
-        return 130
     return 0 if show_report(report, arguments.out, console) else 1
 
 

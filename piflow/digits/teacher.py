@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from piflow.digits.data import IMAGE_SHAPE, NULL_CLASS, NUM_CLASSES, check_labels, load_digits_images
+from piflow.digits.folders import load_network, make_folder
 from piflow.distillation import VelocityFn, flow_matching_loss, guided_teacher
 from piflow.noise_schedule import NoiseSchedule
 
@@ -54,6 +56,8 @@ class TeacherRecipe:
         for name in ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if IMAGE_SHAPE[-1] % self.patch_size:
+            raise ValueError(f"patch_size must divide the image size {IMAGE_SHAPE[-1]}, got {self.patch_size}.")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}.")
 
@@ -98,7 +102,7 @@ def train_teacher(
     `on_step(step, loss)` is called after each step. Repeatable for a given recipe, machine and thread count.
 
     Raises:
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss, or that of the EMA network at the end, is not finite.
     """
     images, labels = load_digits_images()
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -121,8 +125,7 @@ def train_teacher(
 
         velocity = network_velocity(model, labels[index].masked_fill(dropped, NULL_CLASS))
         loss = flow_matching_loss(velocity, images[index], schedule, loss_scale=2.0, raw_t=sigma, noise=noise).loss
-        if not loss.isfinite():
-            raise FloatingPointError(f"The teacher's loss is {loss.item()} at step {step}: lower learning_rate.")
+        _check_finite(loss, step)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
@@ -131,6 +134,9 @@ def train_teacher(
         losses.append(loss.item())
         if on_step is not None:
             on_step(step + 1, losses[-1])
+    with torch.no_grad():  # the last step may have broken what no loss has seen yet
+        loss = flow_matching_loss(network_velocity(ema.module, labels), images, schedule, generator=generator).loss
+    _check_finite(loss, recipe.steps)
     return ema.module, losses
 
 
@@ -164,22 +170,11 @@ def load_teacher(path: Path | str | None = None) -> DiTTransformer2DModel:
 
     Raises:
         FileNotFoundError: the folder holds no teacher; the message says how to make one.
-        ValueError: the weights are truncated or do not fit their config.json.
+        ValueError: the weights are damaged or do not fit their config.json.
     """
     folder = SHIPPED_WEIGHTS if path is None else Path(path)
-    if not (folder / "config.json").is_file() or not (folder / "diffusion_pytorch_model.safetensors").is_file():
-        raise FileNotFoundError(
-            f"No digits teacher in {folder} (expected config.json and diffusion_pytorch_model.safetensors). "
-            f"Train one: python -m piflow.digits.teacher --out {folder}"
-        )
-    try:
-        model = DiTTransformer2DModel.from_pretrained(folder, low_cpu_mem_usage=False)
-    except Exception as error:
-        raise ValueError(
-            f"The digits teacher in {folder} cannot be read ({type(error).__name__}: {error}). "
-            f"Train it again: python -m piflow.digits.teacher --out {folder}"
-        ) from error
-    return model.eval().requires_grad_(False)
+    remedy = f"Train one: python -m piflow.digits.teacher --out {folder}"
+    return load_network(DiTTransformer2DModel, folder, "digits teacher", remedy)
 
 
 def teacher_velocity(model: DiTTransformer2DModel, labels: Tensor, guidance_scale: float) -> VelocityFn:
@@ -191,15 +186,28 @@ def teacher_velocity(model: DiTTransformer2DModel, labels: Tensor, guidance_scal
         labels: (B,) int64 in 0..9.
 
     Raises:
-        ValueError: a label is out of range.
+        ValueError: a label is out of range; from the field: x_t or sigma does not fit the network and the labels.
     """
     null_class = model.config.num_embeds_ada_norm
     check_labels(labels, null_class)
 
-    def velocity(x_t: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
+    def conditional(x_t: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
         return network_velocity(model, cond)(x_t, sigma)
 
-    return torch.no_grad()(guided_teacher(velocity, labels, torch.full_like(labels, null_class), guidance_scale))
+    guided = guided_teacher(conditional, labels, torch.full_like(labels, null_class), guidance_scale)
+    shape = (len(labels), model.config.in_channels, model.config.sample_size, model.config.sample_size)
+
+    @torch.no_grad()
+    def velocity(x_t: Tensor, sigma: Tensor) -> Tensor:
+        for name, given, expected in (("x_t", x_t, shape), ("sigma", sigma, shape[:1])):
+            if given.shape != expected:
+                raise ValueError(
+                    f"{name} must have shape {expected} for {len(labels)} labels and this network, "
+                    f"got {tuple(given.shape)}."
+                )
+        return guided(x_t, sigma)
+
+    return velocity
 
 
 def euler_sample(velocity: VelocityFn, noise: Tensor, num_steps: int, schedule: NoiseSchedule) -> Tensor:
@@ -223,12 +231,17 @@ def _warmed_up_ema(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], N
     return update
 
 
+def _check_finite(loss: Tensor, steps: int) -> None:
+    if not loss.isfinite():
+        raise FloatingPointError(f"The teacher's loss is {loss.item()} after {steps} steps: lower learning_rate.")
+
+
 def _tail_mean(losses: list[float], count: int = 100) -> float:
     tail = losses[-count:]
     return sum(tail) / len(tail)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m piflow.digits.teacher", description="Train the digits teacher.")
     parser.add_argument("--out", type=Path, required=True, help="folder for config.json, the weights and recipe.json")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
@@ -239,12 +252,21 @@ def main(argv: list[str] | None = None) -> None:
     out, threads = arguments.pop("out"), arguments.pop("threads")
     try:
         recipe = TeacherRecipe(**arguments)
+        if threads is not None:
+            if threads < 1:
+                raise ValueError(f"threads must be at least 1, got {threads}.")
+            torch.set_num_threads(threads)
     except ValueError as error:
         parser.error(str(error))
-    if threads is not None:
-        torch.set_num_threads(threads)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        _train_and_save(recipe, make_folder(out))
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    return 0
 
+
+def _train_and_save(recipe: TeacherRecipe, out: Path) -> None:
     columns = (
         TextColumn("teacher"),
         BarColumn(),
@@ -271,4 +293,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

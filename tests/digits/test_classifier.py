@@ -55,3 +55,22 @@ def test_wrong_shapes_are_named():
         load_classifier()(torch.zeros(2, 8, 8))
     with pytest.raises(ValueError, match="one shape"):
         accuracy(torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+
+
+def test_failures_end_with_one_message_and_save_nothing(tmp_path, capsys):
+    out, file = tmp_path / "classifier", tmp_path / "file"
+    file.write_text("mine")
+    for target, option, message in [
+        (out, ["--epochs", "1", "--learning-rate", "1e30"], "The classifier's loss is nan: lower learning_rate."),
+        (out, ["--epochs", "1", "--learning-rate", "1e30", "--batch-size", "1797"], "The classifier's loss is nan"),
+        (out, ["--held-out-fraction", "2"], "held_out_fraction must lie between 0 and 1"),
+        (out, ["--held-out-fraction", "1e-9"], "leave some of 1797 samples on either side, got 1e-09"),
+        (file, [], f"{file} cannot be a folder for the results"),
+    ]:
+        assert main(["--out", str(target), *option]) == 1
+        assert message in capsys.readouterr().err
+    assert list(out.iterdir()) == []
+    assert file.read_text() == "mine"
+    with pytest.raises(SystemExit, match="2"):
+        main(["--out", str(out), "--epochs", "0"])
+    assert "epochs must be at least 1, got 0" in capsys.readouterr().err

@@ -1,7 +1,9 @@
 import json
+import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from piflow.digits.classifier import accuracy, extract, load_classifier
 from piflow.digits.data import load_digits_images
@@ -31,6 +33,11 @@ def test_recipe_still_learns(tmp_path, capsys):
     main(["--out", str(tmp_path), "--steps", "220", "--batch-size", "128"])
     assert "Teacher saved" in capsys.readouterr().out
     account = json.loads((tmp_path / "recipe.json").read_text())
+    shipped = json.loads((SHIPPED_WEIGHTS / "recipe.json").read_text())
+    assert account.keys() == shipped.keys()
+    assert [account[key] for key in ("command", "data", "objective")] == [
+        shipped[key] for key in ("command", "data", "objective")
+    ]
     assert account["recipe"]["steps"] == 220
     assert account["zero_predictor_loss"] == pytest.approx(1.717, abs=0.001)
     assert account["first_loss"] == pytest.approx(account["zero_predictor_loss"], abs=0.1)  # adaLN-zero starts at u = 0
@@ -93,6 +100,17 @@ def test_label_out_of_range_is_named(label):
         teacher_velocity(load_teacher(), torch.tensor([label]), 2.0)
 
 
+def test_states_that_do_not_fit_the_labels_are_named():
+    velocity = teacher_velocity(load_teacher(), torch.tensor([3, 7]), 2.0)
+    for x_t, sigma, message in [
+        (torch.zeros(3, 1, 8, 8), torch.ones(3), r"x_t must have shape \(2, 1, 8, 8\) .*got \(3, 1, 8, 8\)"),
+        (torch.zeros(2, 3, 8, 8), torch.ones(2), r"x_t must have shape \(2, 1, 8, 8\) .*got \(2, 3, 8, 8\)"),
+        (torch.zeros(2, 1, 8, 8), torch.ones(3), r"sigma must have shape \(2,\) .*got \(3,\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            velocity(x_t, sigma)
+
+
 def test_euler_is_exact_for_a_constant_velocity():
     noise, u = torch.randn(2, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     for num_steps, shift in [(1, 1.0), (5, 1.0), (5, 3.2)]:
@@ -123,6 +141,12 @@ def test_missing_or_damaged_weights_name_the_folder_and_the_remedy(tmp_path):
     weights.write_bytes(weights.read_bytes()[:100_000])
     with pytest.raises(ValueError, match=r"cannot be read.*python -m piflow\.digits\.teacher --out"):
         load_teacher(tmp_path)
+    whole = load_file(SHIPPED_WEIGHTS / weights.name)
+    save_file({key: value for key, value in whole.items() if key != "proj_out_2.bias"}, weights)
+    with pytest.raises(
+        ValueError, match=rf"{weights} lacks 1 tensors, proj_out_2\.bias .*piflow\.digits\.teacher --out"
+    ):
+        load_teacher(tmp_path)
 
 
 def test_wrong_recipe_ends_with_one_message(tmp_path, capsys):
@@ -130,3 +154,17 @@ def test_wrong_recipe_ends_with_one_message(tmp_path, capsys):
         main(["--out", str(tmp_path), "--steps", "0"])
     assert stop.value.code == 2
     assert "steps must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_failures_end_with_one_message_and_save_nothing(tmp_path, capsys):
+    out = tmp_path / "teacher"
+    for steps in ("1", "50"):  # after one step only the loss of the result is broken
+        size = ["--steps", steps, "--batch-size", "16", "--num-layers", "1"]
+        assert main(["--out", str(out), *size, "--learning-rate", "1e30", "--warmup-steps", "1"]) == 1
+        assert re.search(r"The teacher.s loss is (nan|inf) after .* lower learning_rate", capsys.readouterr().err)
+        assert list(out.iterdir()) == []
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert main(["--out", str(file)]) == 1
+    assert f"{file} cannot be a folder for the results" in capsys.readouterr().err
+    assert file.read_text() == "mine"
