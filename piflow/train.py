@@ -15,9 +15,11 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from piflow.training.config import TrainConfig, load_config
 from piflow.training.errors import TrainingError
+from piflow.training.signals import raise_on_stop
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,14 +27,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     rank = int(os.environ.get("RANK", "0"))
     try:
-        config = load_config(arguments.config, arguments.overrides)
-        if arguments.dry_run:
-            return _dry_run(config) if rank == 0 else 0
-        return _run(config, arguments)
+        with raise_on_stop():
+            config = load_config(arguments.config, arguments.overrides)
+            if arguments.dry_run:
+                return _dry_run(config) if rank == 0 else 0
+            exit_code = _run(config, arguments)
     except TrainingError as error:
         if rank == 0:
             print(f"piflow.train: {error}", file=sys.stderr, flush=True)
-        return _leave(error.exit_code, rank)
+        exit_code = error.exit_code
+    if exit_code and rank != 0:  # the launcher kills all ranks once one has failed: rank 0, which speaks, goes first
+        time.sleep(10)
+    return exit_code
 
 
 def _run(config: TrainConfig, arguments: argparse.Namespace) -> int:
@@ -57,22 +63,18 @@ def _run(config: TrainConfig, arguments: argparse.Namespace) -> int:
                 f"stopped by {signal.Signals(stopped_by).name} after iteration {trainer.progress.iteration}; "
                 f"everything is saved in {trainer.checkpoints}. Go on with:\n  {_resume_command(arguments, world_size)}"
             )
-            return _leave(128 + stopped_by, rank)
+            return 128 + stopped_by
         logger.say(f"student saved in {trainer.export()}")
     return 0
 
 
-def _leave(exit_code: int, rank: int) -> int:
-    """The launcher kills all ranks once one has failed: rank 0 goes first, so that its message is complete."""
-    if rank != 0:
-        time.sleep(10)
-    return exit_code
-
-
 def _resume_command(arguments: argparse.Namespace, world_size: int) -> str:
-    words = ["deepspeed", "--num_gpus", str(world_size), "--module", "piflow.train", arguments.config]
-    prefix = "DS_ACCELERATOR=cpu " if os.environ.get("DS_ACCELERATOR") == "cpu" else ""
-    return prefix + shlex.join([*words, *arguments.overrides, "--resume", "latest"])
+    """A line for the shell that needs no activated environment."""
+    script = Path(sys.executable).with_name("deepspeed")
+    launcher = [str(script)] if script.is_file() else [sys.executable, "-m", "deepspeed.launcher.runner"]
+    settings = [f"{name}={os.environ[name]}" for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS") if name in os.environ]
+    words = [*launcher, "--num_gpus", str(world_size), "--module", "piflow.train", arguments.config]
+    return shlex.join([*settings, *words, *arguments.overrides, "--resume", "latest"])
 
 
 def _dry_run(config: TrainConfig) -> int:

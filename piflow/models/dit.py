@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
+
+TEACHER_CLASSES = ("DiTTransformer2DModel", "DiTTransformer2DModelMod")  # diffusers', and the published name
 
 
 class GMOutput(NamedTuple):
@@ -114,8 +117,9 @@ class GMDiTTransformer2DModelV2(DiTTransformer2DModel):
         `timestep` (B,) or a scalar is 1000 sigma_src; `class_labels` (B,) int64 lie in [0, num_embeds_ada_norm], the
         last of which is the null class. Raises ValueError for shapes or labels (on the CPU) that do not fit.
         """
-        batch, _, height, width = self._check(hidden_states, class_labels)
-        timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch)
+        timestep = torch.as_tensor(timestep, device=hidden_states.device)
+        batch, _, height, width = self._check(hidden_states, timestep, class_labels)
+        timestep = timestep.expand(batch)
         tokens = self.pos_embed(hidden_states)
         embedders = list(self.emb) if isinstance(self.emb, nn.ModuleList) else [self.emb]
         conditionings = [embed(timestep, class_labels, hidden_dtype=tokens.dtype) for embed in embedders]
@@ -144,13 +148,15 @@ class GMDiTTransformer2DModelV2(DiTTransformer2DModel):
         pixels = tokens.reshape(-1, h, w, p, p, k, channels).permute(0, 5, 6, 1, 3, 2, 4)
         return pixels.reshape(-1, k, channels, h * p, w * p)
 
-    def _check(self, hidden_states: Tensor, class_labels: Tensor) -> torch.Size:
+    def _check(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> torch.Size:
         channels, p, classes = self.config.in_channels, self.patch_size, self.config.num_embeds_ada_norm
         shape = hidden_states.shape
         if len(shape) != 4 or shape[1] != channels or shape[2] % p or shape[3] % p:
             raise ValueError(
                 f"hidden_states must be (B, {channels}, H, W) with H, W multiples of {p}, got {tuple(shape)}."
             )
+        if timestep.shape not in (shape[:1], ()):
+            raise ValueError(f"timestep must be ({shape[0]},) or a scalar, got {tuple(timestep.shape)}.")
         if class_labels.shape != shape[:1]:
             raise ValueError(f"class_labels must be ({shape[0]},), one per sample, got {tuple(class_labels.shape)}.")
         check_class_labels(class_labels, classes)
@@ -219,28 +225,61 @@ class GMDiTTransformer2DModelV2(DiTTransformer2DModel):
         return student
 
 
-def check_class_labels(class_labels: Tensor, classes: int) -> None:
-    """ValueError naming the first label outside [0, classes], `classes` being the null class. Unchecked on a GPU."""
+def check_class_labels(class_labels: Tensor, classes: int, null_class: bool = True) -> None:
+    """ValueError for labels (B,) that are no integers, or naming the first outside [0, classes).
+
+    The null class `classes` counts as inside with `null_class`. The range is not checked on a GPU.
+    """
+    if class_labels.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"class_labels must be int64, got {class_labels.dtype}.")
     if class_labels.device.type == "cpu":
-        wrong = class_labels[(class_labels < 0) | (class_labels > classes)]
+        wrong = class_labels[(class_labels < 0) | (class_labels >= classes + null_class)]
         if wrong.numel():
-            raise ValueError(
-                f"class label {wrong[0].item()} is out of range: this network takes 0 to {classes - 1}, "
-                f"and {classes} for no class."
-            )
+            takes = f"this network takes 0 to {classes - 1}" if null_class else f"data has 0 to {classes - 1}"
+            and_null = f", and {classes} for no class" if null_class else ""
+            raise ValueError(f"class label {wrong[0].item()} is out of range: {takes}{and_null}.")
 
 
 def load_dit_teacher(folder: str | Path) -> DiTTransformer2DModel:
     """A DiT saved with one shared embedder (`emb.*`, as the published ImageNet teachers are) as diffusers' plain DiT.
 
     The blocks then share the embedder module. A folder in diffusers' own layout loads as well.
-    Raises FileNotFoundError.
+    Raises FileNotFoundError, or ValueError for a network of another class and for damaged files.
     """
     folder = Path(folder)
     missing = [name for name in ("config.json", "diffusion_pytorch_model.safetensors") if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"no DiT in {folder}: {missing[0]} is missing.")
-    config = json.loads((folder / "config.json").read_text())
+    check_is_dit(folder)
+    try:
+        return _load_dit(folder).eval()
+    except (SafetensorError, RuntimeError, TypeError, ValueError, KeyError) as error:
+        problem = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"the DiT in {folder} is damaged or its weights do not fit its config.json: {problem}. Copy it again."
+        ) from error
+
+
+def check_is_dit(folder: str | Path) -> None:
+    """ValueError if `folder`/config.json names another class than a DiT, such as a student's."""
+    file = Path(folder) / "config.json"
+    name = _read_config(file).get("_class_name", TEACHER_CLASSES[0]) if file.is_file() else TEACHER_CLASSES[0]
+    if name not in TEACHER_CLASSES:
+        raise ValueError(f"{folder} holds a {name}, not a {TEACHER_CLASSES[0]}.")
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} must hold one JSON object, got a {type(config).__name__}.")
+    return config
+
+
+def _load_dit(folder: Path) -> DiTTransformer2DModel:
+    config = _read_config(folder / "config.json")
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")
     config = {k: v for k, v in config.items() if not k.startswith("_") and k != "class_dropout_prob"}
     teacher = DiTTransformer2DModel(**config)
@@ -252,10 +291,10 @@ def load_dit_teacher(folder: str | Path) -> DiTTransformer2DModel:
         embedder = _strip(weights, "emb.")
         shared.load_state_dict(embedder)
         weights = {key: value for key, value in weights.items() if not key.startswith("emb.")}
-        for i in range(config["num_layers"]):
+        for i in range(teacher.config.num_layers):
             weights |= {f"transformer_blocks.{i}.norm1.emb.{key}": value for key, value in embedder.items()}
     teacher.load_state_dict(weights)
-    return teacher.eval()
+    return teacher
 
 
 def _strip(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

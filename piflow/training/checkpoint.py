@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent: written aside, listed in a manifest, renamed, then pointed to.
 
     <output_dir>/checkpoints/latest                    name of the last good checkpoint
-    <output_dir>/checkpoints/step_000200/manifest.json iteration, position, world size, size and SHA-256 of each file
+    <output_dir>/checkpoints/step_000200/manifest.json see Manifest; size and SHA-256 of each file
                                          rank_0.safetensors   EMA shards and random states of rank 0
                                          engine/              DeepSpeed's own shards, read by DeepSpeed only
 
@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,13 +23,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from piflow.training.config import TrainConfig
 from piflow.training.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+STEP = re.compile(r"step_\d+", re.ASCII)
+MUST_AGREE = ("student.num_gaussians", "precision")
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,26 @@ class Progress:
     position: int = 0
 
 
-def save_checkpoint(folder: Path, engine: Any, progress: Progress, ema_shards: dict[str, Tensor]) -> Path:
+class FileFacts(BaseModel):
+    """Size in bytes and content of one file."""
+
+    size: NonNegativeInt
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What a checkpoint says of itself; `config` is the resolved configuration of the run that wrote it."""
+
+    iteration: NonNegativeInt
+    position: NonNegativeInt
+    world_size: PositiveInt
+    config: dict[str, Any]
+    files: dict[str, FileFacts] = Field(min_length=1)
+
+
+def save_checkpoint(
+    folder: Path, engine: Any, progress: Progress, ema_shards: dict[str, Tensor], config: TrainConfig
+) -> Path:
     """Write checkpoint `step_<iteration>` in `folder`; collective. Returns its path, on every rank."""
     final = folder / f"step_{progress.iteration:06d}"
     unfinished = folder / f"unfinished_{final.name}"
@@ -54,7 +78,8 @@ def save_checkpoint(folder: Path, engine: Any, progress: Progress, ema_shards: d
     save_file({**shards, **states}, unfinished / f"rank_{rank}.safetensors", metadata=metadata)
     dist.barrier()
     if rank == 0:
-        write_manifest(unfinished, {**asdict(progress), "world_size": dist.get_world_size()})
+        facts = {"world_size": dist.get_world_size(), "config": config.model_dump(mode="json")}
+        write_manifest(unfinished, {**asdict(progress), **facts})
         if final.exists():
             final.rename(_free_name(folder / f"replaced_{final.name}"))
         unfinished.rename(final)
@@ -65,12 +90,7 @@ def save_checkpoint(folder: Path, engine: Any, progress: Progress, ema_shards: d
 
 def load_checkpoint(path: Path, engine: Any) -> tuple[Progress, dict[str, Tensor]]:
     """Put a verified checkpoint into the engine; collective. Returns the progress and this rank's EMA shards."""
-    manifest = json.loads((path / MANIFEST).read_text())
-    saved, world_size = manifest["world_size"], dist.get_world_size()
-    if saved != world_size:
-        raise CheckpointError(
-            f"{path} was written by {saved} process(es), this run has {world_size}. Start it with {saved} process(es)."
-        )
+    manifest = read_manifest(path)
     engine.load_checkpoint(path, tag="engine", load_module_strict=False)
     shards: dict[str, Tensor] = {}
     states: dict[str, Tensor] = {}
@@ -78,7 +98,34 @@ def load_checkpoint(path: Path, engine: Any) -> tuple[Progress, dict[str, Tensor
         for key in file.keys():  # noqa: SIM118 - a safetensors file is not a mapping
             (shards if key.startswith("ema.") else states)[key.removeprefix("ema.")] = file.get_tensor(key)
         restore_random_states(states, file.metadata())
-    return Progress(manifest["iteration"], manifest["position"]), shards
+    return Progress(manifest.iteration, manifest.position), shards
+
+
+def check_fits(path: Path, config: TrainConfig, world_size: int) -> list[str]:
+    """Warnings where a verified checkpoint's configuration differs from this one; CheckpointError where it must not."""
+    manifest = read_manifest(path)
+    if manifest.world_size != world_size:
+        raise CheckpointError(
+            f"{path} was written by {manifest.world_size} process(es), this run has {world_size}. "
+            f"Start it with {manifest.world_size} process(es)."
+        )
+    saved, current = _flat(manifest.config), _flat(config.model_dump(mode="json"))
+    different = {
+        key: f"{key} was {saved.get(key)!r}, is {current.get(key)!r}"
+        for key in [*current, *(saved.keys() - current.keys())]
+        if saved.get(key) != current.get(key)
+    }
+    if fatal := [different[key] for key in MUST_AGREE if key in different]:
+        raise CheckpointError(
+            f"{path} does not fit this configuration: {'; '.join(fatal)}. "
+            "Use the configuration that it was written with, or another output_dir."
+        )
+    return [f"the configuration differs from that of {path}: {'; '.join(different.values())}"] if different else []
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the checkpoint `path`. Raises FileNotFoundError, or ValueError where it is none."""
+    return Manifest.model_validate_json((path / MANIFEST).read_bytes())
 
 
 def find_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
@@ -87,7 +134,8 @@ def find_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
     "auto": the newest good one, or None where none was ever written. "latest": likewise, but there must be one.
     "never": None, and there must be none. Else a path. Raises CheckpointError; deletes nothing.
     """
-    candidates = sorted((p for p in folder.glob("step_*") if p.is_dir()), reverse=True)
+    candidates = [p for p in folder.glob("step_*") if STEP.fullmatch(p.name) and p.is_dir()]
+    candidates.sort(key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
     if resume == "never":
         if candidates:
             raise CheckpointError(
@@ -101,16 +149,19 @@ def find_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
             raise CheckpointError(f"{problem} Give another checkpoint, or `--resume latest` for the newest good one.")
         return path, []
 
+    warnings: list[str] = []
     pointer = folder / "latest"
     if pointer.is_file():  # a checkpoint that `latest` names goes first, also when the user pointed it to an older one
-        named = folder / pointer.read_text().strip()
-        candidates = [named, *(p for p in candidates if p.name < named.name)]
-    warnings: list[str] = []
+        name = pointer.read_text(errors="replace").strip()
+        if STEP.fullmatch(name):
+            candidates = [folder / name, *(p for p in candidates if p.name != name)]
+        else:
+            warnings.append(f"{pointer} names no checkpoint (it holds {name[:40]!r}).")
     for path in candidates:
         if not (problem := verify(path)):
             return path, warnings
         warnings.append(problem)
-    if candidates:
+    if warnings:
         raise CheckpointError(
             " ".join(warnings)
             + f" No good checkpoint is left in {folder}. Restore the file from a copy, or start anew in "
@@ -120,7 +171,7 @@ def find_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
         raise CheckpointError(
             f"There is no checkpoint in {folder}. Leave out `--resume latest` to start from the beginning."
         )
-    return None, warnings
+    return None, []
 
 
 def verify(path: Path) -> str | None:
@@ -128,18 +179,18 @@ def verify(path: Path) -> str | None:
     if not path.is_dir():
         return f"There is no checkpoint {path}."
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
+        files = read_manifest(path).files
     except FileNotFoundError:
         return f"The checkpoint {path} is incomplete: {MANIFEST} is missing."
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+    except ValueError:
         return f"The checkpoint {path} is damaged: {MANIFEST} cannot be read."
     for name, expected in files.items():
         file = path / name
         if not file.is_file():
             return f"The checkpoint {path} is incomplete: {name} is missing."
-        if file.stat().st_size != expected["size"]:
-            return f"The checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes, not {expected['size']}."
-        if _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != expected.size:
+            return f"The checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes, not {expected.size}."
+        if _sha256(file) != expected.sha256:
             return f"The checkpoint {path} is damaged: {name} has another content than was written."
     return None
 
@@ -175,6 +226,14 @@ def restore_random_states(tensors: dict[str, Tensor], metadata: dict[str, str]) 
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
     version, internal, gauss = json.loads(metadata["python"])
     random.setstate((version, tuple(internal), gauss))
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{a: {b: 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def _write_durably(path: Path, text: str) -> None:

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat
 from pydantic import ValidationError as PydanticError
 
 from piflow.training.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(strict=True, gt=0)]  # strict: true is not 1
+NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
@@ -47,7 +51,7 @@ class DistillationConfig(_Section):
     total_substeps: PositiveInt = 128
     num_intermediate_states: PositiveInt = 2
     window_substeps: NonNegativeInt = 0
-    policy_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    policy_dropout: Fraction = 0.0
     loss_scale: PositiveFloat = 1.0
     teacher_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     teacher_ratio_decay: NonNegativeInt = 0
@@ -66,7 +70,7 @@ class OptimizerConfig(_Section):
     """AdamW with linear warm-up. `gradient_clipping` is the largest global gradient norm."""
 
     learning_rate: PositiveFloat = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     weight_decay: NonNegativeFloat = 0.0
     warmup_iterations: NonNegativeInt = 0
     gradient_clipping: PositiveFloat = 1.0
@@ -97,7 +101,7 @@ class TrainConfig(_Section):
 
     output_dir: Path
     iterations: PositiveInt
-    seed: NonNegativeInt = 0
+    seed: Annotated[NonNegativeInt, Field(lt=2**63)] = 0
     batch_size_per_rank: PositiveInt = 32
     precision: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: PositiveInt = 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from piflow.training.config import DataConfig
+from piflow.training.signals import STOP_SIGNALS
 
 
 class DigitsDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -70,4 +72,17 @@ def build_loader(
     """An endless loader of (images (B, C, H, W), labels (B,)) for this rank, starting at `position` of the stream."""
     dataset = DigitsDataset()
     sampler = PositionSampler(len(dataset), seed, batch_size, position, rank, world_size)
-    return DataLoader(dataset, batch_sampler=sampler, num_workers=config.workers)
+    return DataLoader(dataset, batch_sampler=sampler, num_workers=config.workers, worker_init_fn=_outlive_stop_signals)
+
+
+def data_format(config: DataConfig) -> tuple[int, tuple[int, int, int]]:
+    """(number of classes, image shape (C, H, W)) of the data that a configuration names."""
+    from piflow.digits.data import IMAGE_SHAPE, NUM_CLASSES
+
+    return NUM_CLASSES, IMAGE_SHAPE
+
+
+def _outlive_stop_signals(worker: int) -> None:
+    """A stop signal reaches the whole process tree, but the rank still needs its data to finish the step."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -32,9 +32,10 @@ class ShardedEMA:
     def __init__(self, module: nn.Module, config: EMAConfig) -> None:
         self.config = config
         self.parameters: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.shadow = {name: shard.clone() for name, shard in self._shards().items()}
+        self.shadow = {name: shard.clone() for name, shard in self.current_shards().items()}
 
-    def _shards(self) -> dict[str, Tensor]:
+    def current_shards(self) -> dict[str, Tensor]:
+        """{name: (shard,)}: this rank's float32 shards of the weights themselves."""
         from deepspeed.utils import safe_get_local_fp32_param
 
         return {name: safe_get_local_fp32_param(p).detach() for name, p in self.parameters.items()}
@@ -42,7 +43,7 @@ class ShardedEMA:
     def update(self, iteration: int) -> None:
         """Take in the weights after the optimiser step of `iteration` (from 0)."""
         momentum = karras_momentum(iteration, self.config.gamma, self.config.start_iteration)
-        update_average(self.shadow.values(), self._shards().values(), momentum)
+        update_average(self.shadow.values(), self.current_shards().values(), momentum)
 
     def load(self, shadow: Mapping[str, Tensor]) -> None:
         """Put back the shards of a checkpoint. Raises ValueError where names or sizes differ."""

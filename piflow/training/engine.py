@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import sys
+import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from piflow.training.config import TrainConfig
+from piflow.training.errors import TrainingError
 from piflow.training.module import PiIDModule
+
+LOCK_PATIENCE = 600  # seconds; the build takes about 30
 
 
 def prepare_process() -> tuple[int, int]:
     """Choose the accelerator, join the process group, bound the CPU threads; returns (rank, world size).
 
     Without a GPU this is DeepSpeed's CPU accelerator over gloo. A process started without a launcher is a world of one.
+    Raises TrainingError where DeepSpeed's extension for the CPU cannot be built.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -34,8 +43,56 @@ def prepare_process() -> tuple[int, int]:
     backend = "nccl" if get_accelerator().device_name() == "cuda" else "gloo"
     if torch.cuda.is_available():
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    build_extension()
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def build_extension() -> None:
+    """Compile, the first time, what DeepSpeed's process group wants on the CPU; elsewhere nothing.
+
+    It happens here and not within the group, because torch lets one process build and the others wait without end for
+    its lock file, which a process that was killed leaves behind. Raises TrainingError for such a lock, or if the build
+    fails.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.comm.torch import build_shm_op
+    from torch.utils.cpp_extension import _get_build_directory
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None:
+        return
+    # Always the ninja beside this Python: two versions rebuild each other's work at every start.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    lock = Path(_get_build_directory(builder.name, verbose=False)) / "lock"
+    await_lock(lock)
+    if os.environ["LOCAL_RANK"] == "0" and not list(lock.parent.glob("*.so")):
+        print(f"compiling DeepSpeed's CPU communication, once, in {lock.parent}", flush=True)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it announces itself again when the group is joined
+            build_shm_op()
+    except (RuntimeError, ImportError, OSError) as error:
+        raise TrainingError(
+            f"DeepSpeed's CPU communication cannot be built in {lock.parent}: {error} "
+            "Check that g++ works, remove that folder, and start again."
+        ) from error
+
+
+def await_lock(lock: Path, patience: float = LOCK_PATIENCE) -> None:
+    """Wait while another process builds. Raises TrainingError for a lock older than `patience` seconds."""
+    told = False
+    with contextlib.suppress(FileNotFoundError):
+        while True:
+            age = time.time() - lock.stat().st_mtime
+            if age > patience:
+                raise TrainingError(
+                    f"{lock} is {age / 60:.0f} minutes old: a process that built DeepSpeed's extension has died. "
+                    "Remove this file and start again."
+                )
+            if age > 5 and not told:
+                print(f"waiting for the build that holds {lock}; if none is running, remove this file", flush=True)
+                told = True
+            time.sleep(0.2)
 
 
 def deepspeed_config(config: TrainConfig) -> dict[str, Any]:

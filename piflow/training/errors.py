@@ -19,3 +19,11 @@ class CheckpointError(TrainingError):
     """A checkpoint that is missing, incomplete or does not fit this run."""
 
     exit_code = 3
+
+
+class Interrupted(TrainingError):
+    """A run that a signal stopped; the exit code is 128 + its number, as a shell has it."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number

@@ -3,70 +3,27 @@
 from __future__ import annotations
 
 import math
-import signal
+import shlex
+import shutil
+import tempfile
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Generator, Tensor
 
-from piflow.training.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
+from piflow.training.checkpoint import Progress, check_fits, find_checkpoint, load_checkpoint, save_checkpoint
 from piflow.training.config import TrainConfig
 from piflow.training.data import build_loader, derive_seed
 from piflow.training.ema import ShardedEMA
 from piflow.training.engine import build_engine, set_learning_rate
-from piflow.training.errors import CheckpointError, TrainingError
+from piflow.training.errors import CheckpointError, ConfigError, TrainingError
 from piflow.training.logging import RunLogger
 from piflow.training.module import build_module
+from piflow.training.signals import StopSignal
 
 NOISE_STREAM = 1
-
-
-class StopSignal:
-    """Remembers SIGINT and SIGTERM instead of dying of them, from `with` to its end.
-
-    The `deepspeed` launcher, killed alone, takes no rank with it: its end counts as SIGTERM.
-    """
-
-    def __init__(self) -> None:
-        self._received = 0
-        self._launcher = [process for process in psutil.Process().parents() if _is_launcher(process)]
-
-    @property
-    def received(self) -> int:
-        """Number of the signal received, 0 without one."""
-        if not self._received and not all(_is_alive(process) for process in self._launcher):
-            self._received = signal.SIGTERM
-        return self._received
-
-    def __enter__(self) -> StopSignal:
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
-
-
-def _is_launcher(process: psutil.Process) -> bool:
-    try:
-        words = process.cmdline()[:5]
-        return any(Path(word).name == "deepspeed" or word.startswith("deepspeed.launcher") for word in words)
-    except psutil.Error:  # somebody else's process
-        return False
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 class Trainer:
@@ -77,15 +34,21 @@ class Trainer:
         self.output_dir = Path(_broadcast(str(config.output_dir)))
         self.checkpoints = self.output_dir / "checkpoints"
         torch.manual_seed(derive_seed(config.seed, rank))
-        self.engine = build_engine(build_module(config), config)
+        module = build_module(config)
+        if problem := _broadcast(_folder_problem(self.checkpoints) if rank == 0 else None):
+            raise ConfigError(f"output_dir {self.output_dir} cannot be used: {problem}. Choose another output_dir.")
+        self.engine = build_engine(module, config)
         self.ema = ShardedEMA(self.engine.module.student, config.ema)
         self.progress = Progress()
+        self.newest: Path | None = None  # checkpoint of this run, written or resumed from
+        self.last_good: Path | None = None  # one from which a loss was finite
 
     def resume(self, resume: str) -> list[str]:
         """Load the checkpoint that `resume` asks for, if any; returns messages for the person."""
         path, messages = self._agree_on_checkpoint(resume)
         if path is None:
             return messages
+        messages += check_fits(path, self.config, self.world_size)
         try:
             self.progress, shards = load_checkpoint(path, self.engine)
             self.ema.load(shards)
@@ -96,6 +59,7 @@ class Trainer:
                 f"{path} does not fit this configuration: {str(error).partition(chr(10))[0]} "
                 "Use the configuration that it was written with, or another output_dir."
             ) from error
+        self.newest = path
         return [*messages, f"resumed from {path} at iteration {self.progress.iteration}"]
 
     def _agree_on_checkpoint(self, resume: str) -> tuple[Path | None, list[str]]:
@@ -118,7 +82,6 @@ class Trainer:
         loader = build_loader(
             config.data, config.seed, config.batch_size_per_rank, self.progress.position, self.rank, self.world_size
         )
-        saved = self.progress.iteration
         stop = 0
         with StopSignal() as signals:
             batches = iter(loader)
@@ -128,10 +91,16 @@ class Trainer:
                 done = self.progress.iteration
                 logger.step(done, loss, grad_norm, config.optimizer.learning_rate_at(done - 1))
                 if stop or done % config.checkpoint_every == 0 or done == config.iterations:
-                    save_checkpoint(self.checkpoints, self.engine, self.progress, self.ema.shadow)
-                    saved = done
-        assert saved == self.progress.iteration
+                    self.save()
         return stop
+
+    def save(self) -> Path:
+        """Write a checkpoint; collective. Raises TrainingError on every rank, and writes nothing, if a weight of any is
+        not finite.
+        """
+        self._check_weights()
+        self.newest = save_checkpoint(self.checkpoints, self.engine, self.progress, self.ema.shadow, self.config)
+        return self.newest
 
     def step(self, images: Tensor, labels: Tensor, signals: StopSignal | None = None) -> tuple[float, float, int]:
         """One iteration: (mean loss, gradient norm, signal that any rank has received). Raises on every rank alike."""
@@ -149,31 +118,40 @@ class Trainer:
         mean_loss = losses.mean().item()
         if not math.isfinite(mean_loss):
             ranks = [rank for rank, value in enumerate(losses.tolist()) if not math.isfinite(value)]
-            raise self._not_finite(f"The loss of rank {ranks[0]} is {losses[ranks[0]].item()}", iteration)
+            raise self._not_finite(f"The loss of rank {ranks[0]} is {losses[ranks[0]].item()}", iteration + 1)
 
+        self.last_good = self.newest
         self.engine.backward(loss)
         self.engine.step()
         grad_norm = float(self.engine.get_global_grad_norm())
         if not math.isfinite(grad_norm):
-            raise self._not_finite(f"The gradient norm is {grad_norm}", iteration)
+            raise self._not_finite(f"The gradient norm is {grad_norm}", iteration + 1)
         self.ema.update(iteration)
         consumed = self.config.batch_size_per_rank * self.world_size
         self.progress = Progress(iteration + 1, self.progress.position + consumed)
         return mean_loss, grad_norm, int(received.max().item())
 
     def _not_finite(self, what: str, iteration: int) -> TrainingError:
-        newest = self.checkpoints / "latest"
-        state = (
-            f"The checkpoints in {self.checkpoints} are untouched" if newest.is_file() else "No checkpoint was written"
-        )
+        then = "start again in another output_dir" if self.newest else "start again"
+        if self.last_good:
+            then = f"go on with --resume {shlex.quote(str(self.last_good))}, or {then}"
         return TrainingError(
-            f"{what} at iteration {iteration + 1}. {state}. Lower optimizer.learning_rate (now "
+            f"{what} at iteration {iteration}; nothing was saved of it. Lower optimizer.learning_rate (now "
             f"{self.config.optimizer.learning_rate:g}) or optimizer.gradient_clipping, or check data and teacher for "
-            "values that are not finite, and start again."
+            f"values that are not finite. Then {then}."
         )
+
+    def _check_weights(self) -> None:
+        """All ranks agree that every weight and every average is finite, or raise."""
+        shards = [*self.ema.current_shards().values(), *self.ema.shadow.values()]
+        finite = torch.stack([shard.isfinite().all() for shard in shards]).all().int()
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+        if not finite:
+            raise self._not_finite("The student's weights are not finite", self.progress.iteration)
 
     def export(self) -> Path:
         """Write the averaged student to `<output_dir>/student` as a diffusers folder (safetensors); collective."""
+        self._check_weights()
         folder = self.output_dir / "student"
         weights = self.ema.full_state_dict()
         if self.rank == 0:
@@ -182,9 +160,26 @@ class Trainer:
             missing, unexpected = exported.load_state_dict(weights, strict=False)
             if missing or unexpected:
                 raise TrainingError(f"The student cannot be exported: {missing} are missing, {unexpected} are unknown.")
-            exported.save_pretrained(folder)
+            unfinished, replaced = (self.output_dir / f"{state}_student" for state in ("unfinished", "replaced"))
+            for rest in (unfinished, replaced):  # of a process that was killed here
+                shutil.rmtree(rest, ignore_errors=True)
+            exported.save_pretrained(unfinished)
+            if folder.exists():
+                folder.rename(replaced)
+            unfinished.rename(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
         dist.barrier()
         return folder
+
+
+def _folder_problem(folder: Path) -> str | None:
+    """Make the folder and try to write into it; what goes wrong, or None."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def _broadcast(value: Any) -> Any:

@@ -16,10 +16,11 @@ from piflow.distillation import (
     sample_source_times,
     teacher_ratio_at,
 )
-from piflow.models.dit import GMDiTTransformer2DModelV2, check_class_labels, load_dit_teacher
+from piflow.models.dit import GMDiTTransformer2DModelV2, check_class_labels, check_is_dit, load_dit_teacher
 from piflow.noise_schedule import NoiseSchedule
 from piflow.policies import GMFlowPolicy
 from piflow.training.config import DistillationConfig, TeacherConfig, TrainConfig
+from piflow.training.data import data_format
 from piflow.training.errors import ConfigError
 
 
@@ -50,7 +51,11 @@ class PiIDModule(nn.Module):
         )
 
     def forward(self, x_0: Tensor, class_labels: Tensor, iteration: int, generator: Generator) -> Tensor:
-        """Loss () of images x_0 (B, C, H, W) with `class_labels` (B,); the CPU generator makes every draw."""
+        """Loss () of images x_0 (B, C, H, W) with `class_labels` (B,); the CPU generator makes every draw.
+
+        Raises ValueError for a label that is none of the classes, or shapes that the student does not take.
+        """
+        check_class_labels(class_labels, self.num_classes, null_class=False)
         start, decay = self.config.teacher_ratio, self.config.teacher_ratio_decay
         source = sample_source_times(len(x_0), self.imitation, self.schedule, generator=generator)
         sigma_src = source.sigma.to(x_0)
@@ -72,7 +77,6 @@ class PiIDModule(nn.Module):
 
     def teacher_velocity(self, class_labels: Tensor) -> VelocityFn:
         """The guided teacher for these labels; both branches of the guidance go through one call of twice the batch."""
-        check_class_labels(class_labels, self.num_classes)
 
         @torch.no_grad()
         def velocity(x_t: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
@@ -98,8 +102,12 @@ class PiIDModule(nn.Module):
 
 
 def build_module(config: TrainConfig) -> PiIDModule:
-    """Teacher, student from teacher, both in one root module; the same weights on every rank."""
+    """Teacher, student from teacher, both in one root module; the same weights on every rank.
+
+    Raises ConfigError where the teacher cannot be loaded or does not fit the data.
+    """
     teacher = load_teacher(config.teacher)
+    _check_teacher_fits(teacher, config)
     settings = config.student
     student = GMDiTTransformer2DModelV2.from_teacher(
         teacher,
@@ -114,14 +122,31 @@ def build_module(config: TrainConfig) -> PiIDModule:
 
 
 def load_teacher(config: TeacherConfig) -> DiTTransformer2DModel:
-    """The teacher that a configuration names. Raises ConfigError where its files are missing."""
+    """The teacher that a configuration names. Raises ConfigError where its files are missing or damaged."""
     from piflow.digits.teacher import load_teacher as load_digits_teacher
 
     if config.kind == "dit" and config.path is None:
         raise ConfigError("teacher.kind=dit needs teacher.path, the folder with config.json and the weights.")
     try:
+        if config.path is not None:
+            check_is_dit(config.path)
         return load_digits_teacher(config.path) if config.kind == "digits" else load_dit_teacher(config.path or "")
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(
             f"The teacher cannot be loaded: {error} Set teacher.path to a folder that holds it."
         ) from error
+
+
+def _check_teacher_fits(teacher: DiTTransformer2DModel, config: TrainConfig) -> None:
+    classes, (channels, size, _) = data_format(config.data)
+    facts = {
+        "classes (num_embeds_ada_norm)": (teacher.config.num_embeds_ada_norm, classes),
+        "input channels (in_channels)": (teacher.config.in_channels, channels),
+        "output channels (out_channels)": (teacher.out_channels, channels),
+        "pixels a side (sample_size)": (teacher.config.sample_size, size),
+    }
+    if wrong := [f"{has} {what}, the data {needs}" for what, (has, needs) in facts.items() if has != needs]:
+        raise ConfigError(
+            f"The teacher does not fit data.kind={config.data.kind}: it has {'; '.join(wrong)}. "
+            "Set teacher.path to a teacher of this data."
+        )

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from piflow.models import GMDiTTransformer2DModelV2, load_dit_teacher
 from tests.golden_vectors import GOLDEN, load_group
@@ -49,6 +49,34 @@ def test_published_teacher_is_diffusers_dit() -> None:
 
 def test_load_dit_teacher_names_the_missing_file(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+        load_dit_teacher(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("truncated", "is damaged or its weights do not fit"),
+        ("tensor missing", r"is damaged .*Missing key.*proj_out_2\.bias"),
+        ("another size", "is damaged .*size mismatch"),
+        ("config is no JSON", "config.json is not valid JSON"),
+        ("config is a list", "config.json must hold one JSON object, got a list"),
+        ("student", "holds a GMDiTTransformer2DModelV2, not a DiTTransformer2DModel"),
+    ],
+)
+def test_damaged_teacher_is_named(tmp_path, how: str, message: str) -> None:
+    plain_teacher().save_pretrained(tmp_path)
+    config, weights = tmp_path / "config.json", tmp_path / "diffusion_pytorch_model.safetensors"
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif how == "tensor missing":
+        save_file({k: v for k, v in load_file(weights).items() if k != "proj_out_2.bias"}, weights)
+    elif how == "another size":
+        config.write_text(config.read_text().replace('"attention_head_dim": 8', '"attention_head_dim": 16'))
+    elif how == "student":
+        GMDiTTransformer2DModelV2.from_teacher(plain_teacher(), num_gaussians=2).save_pretrained(tmp_path)
+    else:
+        config.write_text("{" if how == "config is no JSON" else "[1]")
+    with pytest.raises(ValueError, match=message):
         load_dit_teacher(tmp_path)
 
 
@@ -149,3 +177,14 @@ def test_bad_input_is_named(shape: tuple[int, ...], labels: list[int], message: 
     student = GMDiTTransformer2DModelV2.from_teacher(plain_teacher(), num_gaussians=2)
     with pytest.raises(ValueError, match=message):
         student(torch.zeros(shape), 500.0, torch.tensor(labels))
+
+
+def test_bad_timestep_and_label_types_are_named() -> None:
+    student = GMDiTTransformer2DModelV2.from_teacher(plain_teacher(), num_gaussians=2)
+    x, labels = torch.zeros(2, 3, 8, 8), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"timestep must be \(2,\) or a scalar, got \(3,\)"):
+        student(x, torch.zeros(3), labels)
+    with pytest.raises(ValueError, match=r"class_labels must be int64, got torch.float32"):
+        student(x, 500.0, labels.float())
+    with pytest.raises(ValueError, match=r"hidden_states must be \(B, 3, H, W\).*got \(3, 8, 8\)"):
+        student(x[0], 500.0, labels)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from safetensors.torch import load_file
 from torch import Generator, Tensor
 
-from piflow.training.checkpoint import save_checkpoint, verify
+from piflow.training.checkpoint import verify
 from piflow.training.config import TrainConfig
 from piflow.training.data import build_loader, derive_seed
 from piflow.training.ema import karras_momentum
@@ -102,7 +103,7 @@ def main() -> None:
     history = run(trainer, batches[rank], 0, 1)
     after_first = len(invalidations)
     history += run(trainer, batches[rank], 1, SAVED_AT)
-    path = save_checkpoint(trainer.checkpoints, trainer.engine, trainer.progress, trainer.ema.shadow)
+    path = trainer.save()
     history += run(trainer, batches[rank], SAVED_AT, ITERATIONS)
     report["invalidations"] = len(invalidations) - after_first
     coordinator = trainer.engine.optimizer.parameter_offload.get_param_coordinator()
@@ -121,18 +122,27 @@ def main() -> None:
     same = all(torch.equal(again.ema.shadow[name], trainer.ema.shadow[name]) for name in trainer.ema.shadow)
     report["resume_ema_exact"] = same
 
-    before = sorted((p.as_posix(), p.stat().st_mtime_ns) for p in again.checkpoints.rglob("*"))
+    def refusals(attempt: Callable[[], Any]) -> list[str]:
+        """The message of each rank."""
+        try:
+            attempt()
+            message = ""
+        except TrainingError as error:
+            message = str(error)
+        messages = [""] * world_size
+        dist.all_gather_object(messages, message)
+        return messages
+
+    def files() -> list[tuple[str, int]]:
+        return sorted((p.as_posix(), p.stat().st_mtime_ns) for p in again.output_dir.rglob("*"))
+
+    before = files()
     poison = batches[rank][0][0] * (float("nan") if rank == 1 else 1.0)
-    try:
-        again.step(poison, batches[rank][0][1])
-        message = ""
-    except TrainingError as error:
-        message = str(error)
-    messages: list[Any] = [None] * world_size
-    dist.all_gather_object(messages, message)
-    report["nan_messages"] = messages
-    after = sorted((p.as_posix(), p.stat().st_mtime_ns) for p in again.checkpoints.rglob("*"))
-    report["nan_checkpoints_untouched"] = after == before and after != []
+    report["nan_messages"] = refusals(lambda: again.step(poison, batches[rank][0][1]))
+    if rank == 1:
+        next(iter(again.ema.shadow.values()))[0] = float("inf")
+    report["broken_average_messages"] = [refusals(again.save), refusals(again.export)]
+    report["nan_files_untouched"] = files() == before != []
 
     checkpointed = Trainer(make_config(arguments.folder, arguments.teacher, checkpointing=True), rank, world_size)
     students = dict(checkpointed.engine.module.student.named_parameters())

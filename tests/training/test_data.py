@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from itertools import islice
 
+import psutil
 import pytest
 import torch
 
 from piflow.training.config import DataConfig
 from piflow.training.data import PositionSampler, build_loader, derive_seed
+from piflow.training.signals import STOP_SIGNALS
 
 
 def stream(world_size: int, global_batch: int, batches: int, position: int = 0, size: int = 50) -> list[int]:
@@ -51,6 +54,21 @@ def test_digits_loader_resumes() -> None:
         assert images.shape == (4, 1, 8, 8)
         assert torch.equal(images, later_images)
         assert torch.equal(labels, later_labels)
+
+
+def test_workers_outlive_stop_signals() -> None:
+    batches = iter(build_loader(DataConfig(workers=1), 3, 4, 0, 0, 1))
+    expected = list(islice(build_loader(DataConfig(), 3, 4, 0, 0, 1), 12))
+    first = next(batches)
+    (worker,) = psutil.Process().children()
+    for number in STOP_SIGNALS:
+        worker.send_signal(number)
+    time.sleep(0.2)
+    assert worker.is_running()
+    assert worker.status() != psutil.STATUS_ZOMBIE
+    for (images, labels), read in zip(expected, [first, *islice(batches, 11)]):
+        assert torch.equal(images, read[0])
+        assert torch.equal(labels, read[1])
 
 
 def test_empty_dataset() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,45 @@ from diffusers import DiTTransformer2DModel
 from piflow.models import GMDiTTransformer2DModelV2
 from piflow.training.errors import TrainingError
 from piflow.training.launch import launch_module, launch_training, launcher_command, launcher_environment
+from piflow.training.signals import ranks_below
 
 pytestmark = pytest.mark.launcher
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int = 240) -> Iterator[None]:
+    """A run that hangs fails; launch_module ends its processes on the way out."""
+
+    def expire(number: int, frame: object) -> None:
+        pytest.fail(f"not done after {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, expire)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.fixture(autouse=True)
+def limited() -> Iterator[None]:
+    with time_limit():
+        yield
+
+
+@contextlib.contextmanager
+def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process in its own session, of which nothing is left at the end."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, **options
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +75,8 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("checks")
-    launch_module(["tests.training.launcher_checks", str(folder), str(teacher)], num_processes=2)
+    with time_limit():
+        launch_module(["tests.training.launcher_checks", str(folder), str(teacher)], num_processes=2)
     return {"folder": folder, **json.loads((folder / "report.json").read_text())}
 
 
@@ -77,8 +118,16 @@ def test_exported_average_equals_a_hand_built_one(report: dict[str, Any]) -> Non
 def test_a_loss_that_is_not_finite_ends_every_rank(report: dict[str, Any]) -> None:
     first, second = report["nan_messages"]
     assert first == second
-    assert re.search(r"The loss of rank 1 is nan at iteration 7\. The checkpoints in .* are untouched\. Lower", first)
-    assert report["nan_checkpoints_untouched"]
+    assert "The loss of rank 1 is nan at iteration 7; nothing was saved of it. Lower optimizer.learning_rate" in first
+    assert re.search(r"Then go on with --resume \S+/checkpoints/step_000003, or start again in another", first)
+    assert report["nan_files_untouched"]
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(report: dict[str, Any]) -> None:
+    for first, second in report["broken_average_messages"]:
+        assert first == second
+        assert first.startswith("The student's weights are not finite at iteration 6; nothing was saved of it.")
+    assert report["nan_files_untouched"]
 
 
 def write_config(folder: Path, teacher: Path) -> Path:
@@ -96,28 +145,31 @@ def losses_of(lines: list[str]) -> dict[int, str]:
 
 def test_sigterm_saves_and_the_run_goes_on(teacher: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, teacher)
-    script = f"from piflow.training.launch import launch_training; launch_training({str(config)!r})"
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    script = (
+        "import sys\nfrom piflow.training.errors import Interrupted\n"
+        "from piflow.training.launch import launch_training\n"
+        f"try: launch_training({str(config)!r})\n"
+        "except Interrupted as error: sys.exit(error.exit_code)"
     )
     lines: list[str] = []
-    assert process.stdout is not None
-    for line in process.stdout:
-        lines.append(line.rstrip("\n"))
-        if line.startswith("3/"):
-            process.send_signal(signal.SIGTERM)
-    assert process.wait() != 0
+    with started([sys.executable, "-u", "-c", script]) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip("\n"))
+            if line.startswith("3/"):
+                process.send_signal(signal.SIGTERM)
+        assert process.wait() == 143
     stopped = max(losses_of(lines))
     output = "\n".join(lines)
     assert f"stopped by SIGTERM after iteration {stopped}" in output
     assert f"--module piflow.train {config} --resume latest" in output
-    assert "ended with exit code 143" in output
     checkpoint = tmp_path / "run" / "checkpoints" / f"step_{stopped:06d}"
     assert checkpoint.is_dir()
 
     resumed: list[str] = []
     launch_training(config, [f"iterations={stopped + 2}"], resume="latest", on_line=resumed.append)
     assert any(f"resumed from {checkpoint} at iteration {stopped}" in line for line in resumed)
+    assert any(f"iterations was 100000, is {stopped + 2}" in line for line in resumed)
     assert sorted(losses_of(resumed)) == [stopped + 1, stopped + 2]
     assert (tmp_path / "run" / "student" / "diffusion_pytorch_model.safetensors").is_file()
     assert any((tmp_path / "run" / "tensorboard").iterdir())
@@ -139,19 +191,39 @@ def test_sigterm_saves_and_the_run_goes_on(teacher: Path, tmp_path: Path) -> Non
 def test_the_bare_launcher_killed_alone_saves_too(teacher: Path, tmp_path: Path, number: signal.Signals) -> None:
     """`kill PID` of the `deepspeed` command reaches no rank by itself: they notice that it is gone, save and stop."""
     command = launcher_command(["piflow.train", str(write_config(tmp_path, teacher))], 2)
-    process = subprocess.Popen(
-        command, env=launcher_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
     lines: list[str] = []
-    assert process.stdout is not None
-    for line in process.stdout:  # ends when the last rank has closed its end
-        lines.append(line.rstrip("\n"))
-        if line.startswith("3/"):
-            process.send_signal(number)
-            process.wait()
-        assert not line.startswith("100/"), "the ranks run on without their launcher"
+    with started(command, env=launcher_environment()) as process:
+        assert process.stdout is not None
+        for line in process.stdout:  # ends when the last rank has closed its end
+            lines.append(line.rstrip("\n"))
+            if line.startswith("3/"):
+                process.send_signal(number)
+                process.wait()
+            assert not line.startswith("100/"), "the ranks run on without their launcher"
     stopped = max(losses_of(lines))
     assert f"stopped by SIGTERM after iteration {stopped}" in "\n".join(lines)
+    assert (tmp_path / "run" / "checkpoints" / f"step_{stopped:06d}" / "manifest.json").is_file()
+
+
+def test_the_whole_tree_stopped_with_data_workers_saves_too(teacher: Path, tmp_path: Path) -> None:
+    """As the launcher does: SIGTERM to every process below it, the data workers among them."""
+    command = launcher_command(["piflow.train", str(write_config(tmp_path, teacher)), "data.workers=1"], 2)
+    lines: list[str] = []
+    with started(command, env=launcher_environment()) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip("\n"))
+            if line.startswith("3/"):
+                below = [child for rank in ranks_below(process.pid) for child in (rank, *rank.children())]
+                assert len(below) >= 4
+                for child in below:
+                    child.send_signal(signal.SIGTERM)
+        assert process.wait() == 143
+    output = "\n".join(lines)
+    stopped = max(losses_of(lines))
+    assert f"stopped by SIGTERM after iteration {stopped}" in output
+    assert "data.workers=1 --resume latest" in output
+    assert "Traceback" not in output
     assert (tmp_path / "run" / "checkpoints" / f"step_{stopped:06d}" / "manifest.json").is_file()
 
 
