@@ -9,21 +9,20 @@ from ..gm.reference import per_pixel
 from .coefficients import Coefficients
 
 
-def weighted_sum(grid: Tensor, weights: Tensor) -> Tensor:
-    """sum_n weights_n grid_n: (B, N, C, *S), (B, N) -> (B, C, *S), reading the grid once where its layout allows it."""
-    batch, n_grid, n_channels, *spatial = grid.shape
-    tokens = grid.movedim((1, 2), (-2, -1))
-    if grid.dtype == weights.dtype and grid.is_contiguous():
-        return torch.bmm(weights[:, None], grid.reshape(batch, n_grid, -1)).reshape(batch, n_channels, *spatial)
-    if grid.dtype == weights.dtype and tokens.is_contiguous():
+def add_weighted_sum(result: Tensor, grid: Tensor, weights: Tensor) -> None:
+    """result += sum_n weights_n grid_n, in place: (B, C, *S), (B, N, C, *S), (B, N); one pass where layouts allow."""
+    batch, n_grid, n_channels = grid.shape[:3]
+    tokens, result_tokens = grid.movedim((1, 2), (-2, -1)), result.movedim(1, -1)
+    if grid.dtype == weights.dtype and grid.is_contiguous() and result.is_contiguous():
+        result.view(batch, 1, -1).baddbmm_(weights[:, None], grid.view(batch, n_grid, -1))
+    elif grid.dtype == weights.dtype and tokens.is_contiguous() and result_tokens.is_contiguous():
         # (w kron 1_C) as the matrix of one product: more multiplications, but each token is read once and in order.
         mix = torch.einsum("bn,cd->bncd", weights, torch.eye(n_channels, dtype=weights.dtype, device=weights.device))
-        mixed = torch.bmm(tokens.reshape(batch, -1, n_grid * n_channels), mix.reshape(batch, -1, n_channels))
-        return mixed.reshape(batch, *spatial, n_channels).movedim(-1, 1)
-    total = grid[:, 0].to(weights.dtype) * weights[:, 0].reshape(batch, *[1] * (grid.dim() - 2))
-    for n in range(1, n_grid):
-        total.addcmul_(grid[:, n].to(weights.dtype), per_pixel(weights[:, n], total))
-    return total
+        mix = mix.reshape(batch, n_grid * n_channels, n_channels)
+        result_tokens.view(batch, -1, n_channels).baddbmm_(tokens.view(batch, -1, n_grid * n_channels), mix)
+    else:
+        for n in range(n_grid):
+            result.addcmul_(grid[:, n].to(weights.dtype), per_pixel(weights[:, n], result))
 
 
 def dx_integrate(x_start: Tensor, x_src: Tensor, grid: Tensor, coefficients: Coefficients) -> Tensor:
@@ -32,8 +31,8 @@ def dx_integrate(x_start: Tensor, x_src: Tensor, grid: Tensor, coefficients: Coe
     result = torch.mul(x_start, start, out=torch.empty_like(x_start))
     if x_start.numel() == 0:
         return result
-    result.addcmul_(x_src, src)
-    return result.add_(weighted_sum(grid, coefficients.grid.to(x_start.dtype)))
+    add_weighted_sum(result.addcmul_(x_src, src), grid, coefficients.grid.to(x_start.dtype))
+    return result
 
 
 def dx_integrate_backward(
