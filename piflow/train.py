@@ -106,4 +106,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    from piflow.training.engine import leave_process
+
+    leave_process(code)

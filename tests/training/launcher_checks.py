@@ -23,7 +23,7 @@ from piflow.training.checkpoint import verify
 from piflow.training.config import TrainConfig
 from piflow.training.data import build_loader, derive_seed
 from piflow.training.ema import karras_momentum
-from piflow.training.engine import build_optimizer, prepare_process
+from piflow.training.engine import build_optimizer, leave_process, prepare_process
 from piflow.training.errors import TrainingError
 from piflow.training.loop import NOISE_STREAM, Trainer
 from piflow.training.module import build_module
@@ -171,3 +171,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_process(0)
