@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Backend = Literal["reference", "torch", "triton"]
+Backend = Literal["reference", "torch", "inductor", "triton"]
 Layout = Literal["spatial", "packed"]
 
-BACKENDS = ("reference", "torch", "triton")
+BACKENDS = ("reference", "torch", "inductor", "triton")
 LAYOUTS = ("spatial", "packed")
 STATE_DTYPES = (torch.float32, torch.float64)
 NETWORK_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -58,9 +58,9 @@ def computing_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def per_sample(name: str, value: float | Tensor, batch: int, device: torch.device) -> Tensor:
-    """A scalar per sample, (B,) float64, from a float, a 0-d tensor, (B,), (1,) or anything like (B, 1, ...).
+    """A scalar per sample, (B,), from a float, a 0-d tensor, (B,), (1,) or anything like (B, 1, ...).
 
-    Scalars are cast up because everything derived from them is computed in float64.
+    In the caller's dtype: everything derived from it is computed in float64, where it is derived.
     """
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -77,11 +77,20 @@ def per_sample(name: str, value: float | Tensor, batch: int, device: torch.devic
         raise ValueError(
             f"{name}: expected one value per sample, ({batch},) or ({batch}, 1, ...), got {shape_of(value)}"
         )
-    return value.to(device=device, dtype=torch.float64).reshape(leading).expand(batch)
+    if value.device != device:
+        value = value.to(device)
+    if value.dim() != 1:
+        value = value.reshape(leading)
+    return value if leading == batch else value.expand(batch)
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """Outside of differentiation, as noise levels are."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def noise_levels(sigmas: Tensor, batch: int, device: torch.device) -> Tensor:
-    """Levels visited by a rollout, (N + 1,), (1, N + 1) or (B, N + 1): (B, N + 1) float64."""
+    """Levels visited by a rollout, (N + 1,), (1, N + 1) or (B, N + 1): (B, N + 1)."""
     if not isinstance(sigmas, Tensor) or not sigmas.is_floating_point():
         came = sigmas.dtype if isinstance(sigmas, Tensor) else type(sigmas).__name__
         raise ValueError(f"sigmas: expected a floating-point tensor of noise levels, got {came}")
@@ -93,7 +102,7 @@ def noise_levels(sigmas: Tensor, batch: int, device: torch.device) -> Tensor:
         raise ValueError(
             f"sigmas: expected (N + 1,), (1, N + 1) or ({batch}, N + 1) with at least one level, got {shape_of(sigmas)}"
         )
-    return sigmas.to(torch.float64).expand(batch, sigmas.shape[-1])
+    return sigmas if sigmas.shape == (batch, sigmas.shape[-1]) else sigmas.expand(batch, sigmas.shape[-1])
 
 
 def check_number(name: str, value: object, least: float) -> float:
@@ -147,13 +156,18 @@ def resolve_backend(backend: Backend | None, device: torch.device, dtype: torch.
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: expected None or one of {BACKENDS}, got {backend!r}")
     if backend is None:
-        backend = "triton" if device.type == "cuda" and dtype == torch.float32 else "torch"
-    if backend == "triton":
+        backend = "triton" if device.type in ("cuda", "xpu") and dtype == torch.float32 else "torch"
+    reason = None
+    if backend in ("triton", "inductor") and dtype == torch.float64:
+        reason = "it computes in float32, but an input is float64"
+    elif backend == "triton":
         from .launch import why_triton_cannot_run
 
         reason = why_triton_cannot_run(device)
-        if reason is not None:
-            raise ValueError(f"backend: 'triton' cannot run here: {reason}; use backend='torch'")
+    elif backend == "inductor" and device.type != "cpu":
+        reason = f"it compiles for the CPU, but tensors are on {device}"
+    if reason is not None:
+        raise ValueError(f"backend: {backend!r} cannot run here: {reason}; use backend='torch'")
     return backend
 
 

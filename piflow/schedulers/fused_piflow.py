@@ -10,7 +10,9 @@ from diffusers.schedulers.scheduling_piflow import shift_timesteps
 from torch import Tensor
 
 from piflow_kernels.dx.coefficients import Coefficients, dx_coefficients
-from piflow_kernels.launch import launch_dx_integrate
+from piflow_kernels.dx.launch import dx_weighted_sum
+from piflow_kernels.dx.torch_path import token_sums
+from piflow_kernels.launch import on_device_of
 
 
 class FusedPiflowScheduler(PiflowScheduler):
@@ -28,10 +30,9 @@ class FusedPiflowScheduler(PiflowScheduler):
         raw = self._piflow_raw_timesteps.cpu()
         ends = torch.cat([raw[1:], raw.new_full((1,), self.eps)])
         self._coefficients = [self._coefficients_of(*times) for times in zip(raw, ends, self.sigmas.cpu())]
-        self._on_device: dict[tuple[int, torch.device], Coefficients] = {}
+        self._on_device: dict[tuple[int, torch.device], Tensor] = {}
         for step_index in range(len(self._coefficients)):
-            self._for(step_index, self.sigmas.device)
-        self._mixes: dict[tuple[int, int], Tensor] = {}
+            self._weights_on(self.sigmas.device, step_index)
 
     def _coefficients_of(self, raw_src: Tensor, raw_dst: Tensor, sigma_src: Tensor) -> Coefficients:
         """Of one step, (1,) and (1, n_grid) float64, from 0-d float32 times."""
@@ -59,28 +60,21 @@ class FusedPiflowScheduler(PiflowScheduler):
         n_channels = sample.shape[-1]
         state, output = sample.reshape(-1, n_channels), model_output.reshape(-1, self.n_grid * n_channels)
         if sample.device.type == "cpu":
-            # (w kron 1_C) as the matrix of one product: each token is read once, and added to what the state keeps.
-            kept, mix = self._keep_of(step_index), self._mix_of(step_index, n_channels)
-            return torch.addmm(state, output.to(state.dtype), mix, beta=kept).reshape(sample.shape)
+            scalars = self._coefficients[step_index]
+            kept, weights = float(scalars.start + scalars.src), scalars.grid[0].to(state.dtype)
+            tokens = output.unflatten(-1, (self.n_grid, n_channels)).contiguous()
+            return token_sums(tokens, weights, [(kept, state)], torch.empty_like(state)).reshape(sample.shape)
         grid = output.unflatten(-1, (self.n_grid, n_channels))[None].movedim((2, 3), (1, 2))
         x = state[None].movedim(-1, 1)
-        return (
-            launch_dx_integrate(x, x, grid, self._for(step_index, sample.device)).movedim(1, -1).reshape(sample.shape)
-        )
+        with on_device_of(sample):
+            result = dx_weighted_sum(x, x, grid, self._weights_on(sample.device, step_index), target=None)
+        return result.movedim(1, -1).reshape(sample.shape)
 
-    def _keep_of(self, step_index: int) -> float:
-        coefficients = self._coefficients[step_index]
-        return float(coefficients.start + coefficients.src)
-
-    def _mix_of(self, step_index: int, n_channels: int) -> Tensor:
-        key = step_index, n_channels
-        if key not in self._mixes:
-            weights = self._coefficients[step_index].grid[0].float()
-            self._mixes[key] = torch.kron(weights[:, None], torch.eye(n_channels))
-        return self._mixes[key]
-
-    def _for(self, step_index: int, device: torch.device) -> Coefficients:
+    def _weights_on(self, device: torch.device, step_index: int) -> Tensor:
+        """Of one step for the kernel: (1, n_grid + 2) float32, of x_start, x_src and the grid points."""
         key = step_index, device
         if key not in self._on_device:
-            self._on_device[key] = Coefficients(*(part.to(device) for part in self._coefficients[step_index]))
+            start, src, grid = self._coefficients[step_index]
+            weights = torch.cat([start[:, None], src[:, None], grid], dim=1)
+            self._on_device[key] = weights.to(device, torch.float32)
         return self._on_device[key]

@@ -1,4 +1,4 @@
-"""The public DX operators: checks, choice of implementation, autograd, registration with torch.library."""
+"""The public DX operators: checks and choice of implementation."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from torch import Tensor
 from .. import arguments as arg
 from ..arguments import Backend, Layout
 from ..gm.reference import mean_velocity
-from ..launch import launch_dx_integrate, launch_dx_integrate_backward
-from ..registration import differentiable_once, vmap_over_samples, without_autocast
-from ..substeps import steps_of
-from . import reference, torch_path
-from .coefficients import Coefficients, dx_coefficients
+from . import reference
+from .autograd import check_values, differentiable_dx_integrate
+from .launch import Rollout
 from .reference import Mode
 
 
@@ -40,7 +38,7 @@ class TimeGrid(NamedTuple):
 def positive(name: str, value: float | Tensor, batch: int, device: torch.device) -> Tensor:
     if not isinstance(value, Tensor):
         arg.check_positive(name, value)
-    return arg.per_sample(name, value, batch, device).detach()
+    return arg.constant(arg.per_sample(name, value, batch, device))
 
 
 def canonical_grid(
@@ -71,7 +69,7 @@ def canonical_grid(
     batch = grid.shape[0]
     time_grid = TimeGrid(
         x_src=x_src,
-        sigma_src=arg.per_sample("sigma_src", sigma_src, batch, device).detach(),
+        sigma_src=arg.constant(arg.per_sample("sigma_src", sigma_src, batch, device)),
         grid=grid,
         segment_size=positive("segment_size", segment_size, batch, device),
         shift=positive("shift", shift, batch, device),
@@ -79,139 +77,6 @@ def canonical_grid(
         packed=packed,
     )
     return time_grid._replace(x_src=time_grid.unpack(x_src))
-
-
-def check_values(
-    sigmas: Tensor, sigma_src: Tensor, segment_size: Tensor, shift: Tensor, min_delta: float | None, check: bool
-) -> None:
-    arg.check_values(sigmas, sigma_src, min_delta == 0, check)
-    if sigmas.device.type == "cpu" or check:
-        for name, value in (("segment_size", segment_size), ("shift", shift)):
-            if not bool(((value > 0) & value.isfinite()).all()):
-                raise ValueError(f"{name}: expected positive finite numbers, got {value.tolist()}")
-
-
-def coefficients_of(
-    sigmas: Tensor,
-    local: Tensor | None,
-    sigma_src: Tensor,
-    grid: Tensor,
-    segment_size: Tensor,
-    shift: Tensor,
-    mode: str,
-    eps: float,
-    min_delta: float | None,
-) -> Coefficients:
-    steps = steps_of(sigmas, local, min_delta)
-    return dx_coefficients(*steps, sigma_src, segment_size, shift, grid.shape[1], mode, eps)  # type: ignore[arg-type]
-
-
-@torch.library.custom_op("piflow::dx_integrate", mutates_args=())
-def dx_integrate(
-    x_start: Tensor,
-    sigmas: Tensor,
-    local: Tensor | None,
-    x_src: Tensor,
-    sigma_src: Tensor,
-    grid: Tensor,
-    segment_size: Tensor,
-    shift: Tensor,
-    mode: str,
-    eps: float,
-    min_delta: float | None,
-    backend: str,
-    check: bool,
-) -> Tensor:
-    """End state (min_delta None), mean velocity, or velocity at the only level (min_delta 0); canonical arguments."""
-    check_values(sigmas, sigma_src, segment_size, shift, min_delta, check)
-    run = launch_dx_integrate if backend == "triton" else torch_path.dx_integrate
-    with without_autocast(x_start):
-        coefficients = coefficients_of(sigmas, local, sigma_src, grid, segment_size, shift, mode, eps, min_delta)
-        return run(x_start, x_src, grid, coefficients)
-
-
-@dx_integrate.register_fake
-def _(x_start: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x_start)
-
-
-@torch.library.custom_op("piflow::dx_integrate_backward", mutates_args=())
-def dx_integrate_backward(
-    grad: Tensor,
-    x_start: Tensor,
-    sigmas: Tensor,
-    local: Tensor | None,
-    x_src: Tensor,
-    sigma_src: Tensor,
-    grid: Tensor,
-    segment_size: Tensor,
-    shift: Tensor,
-    mode: str,
-    eps: float,
-    min_delta: float | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Adjoints of x_start, x_src and grid."""
-    run = launch_dx_integrate_backward if backend == "triton" else torch_path.dx_integrate_backward
-    with without_autocast(x_start):
-        coefficients = coefficients_of(sigmas, local, sigma_src, grid, segment_size, shift, mode, eps, min_delta)
-        return run(grad, x_start, x_src, grid, coefficients)
-
-
-@dx_integrate_backward.register_fake
-def _(
-    grad: Tensor,
-    x_start: Tensor,
-    sigmas: Tensor,
-    local: Tensor | None,
-    x_src: Tensor,
-    sigma_src: Tensor,
-    grid: Tensor,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x_start), torch.empty_like(x_src), torch.empty_like(grid)
-
-
-vmap_over_samples(dx_integrate)
-vmap_over_samples(dx_integrate_backward)
-dx_adjoint = differentiable_once(dx_integrate_backward, "the DX policy")
-
-
-class DXIntegrate(torch.autograd.Function):
-    """Autograd outside the functional operators, so that torch.func transforms see it."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        x_start: Tensor,
-        sigmas: Tensor,
-        local: Tensor | None,
-        x_src: Tensor,
-        sigma_src: Tensor,
-        grid: Tensor,
-        segment_size: Tensor,
-        shift: Tensor,
-        mode: str,
-        eps: float,
-        min_delta: float | None,
-        backend: str,
-        check: bool,
-    ) -> Tensor:
-        return dx_integrate(
-            x_start, sigmas, local, x_src, sigma_src, grid, segment_size, shift, mode, eps, min_delta, backend, check
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, mode, eps, min_delta, backend, _ = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.scalars = mode, eps, min_delta, backend
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_start, x_src, grid = dx_adjoint(grad, *ctx.saved_tensors, *ctx.scalars)
-        return x_start, None, None, x_src, None, grid, None, None, None, None, None, None, None
 
 
 def integrate(
@@ -225,30 +90,35 @@ def integrate(
     min_delta: float | None,
     backend: Backend | None,
     check: bool,
+    target: Tensor | None = None,
 ) -> Tensor:
-    """Dispatch of every DX operator; x_start and x_src are the caller's, and the result is laid out like them."""
+    """Dispatch of every DX operator; states are the caller's, and the result is laid out like them, or (B,)."""
     device = time_grid.grid.device
     arg.check_state(name, x_start, arg.shape_of(x_src), device)
-    dtype = arg.computing_dtype(x_start, x_src, time_grid.grid)
+    dtype = arg.computing_dtype(x_start, x_src, time_grid.grid, *(() if target is None else (target,)))
     backend = arg.resolve_backend(backend, device, dtype)
     x_start, canonical_src = time_grid.unpack(x_start).to(dtype), time_grid.x_src.to(dtype)
-    sigmas = sigmas.detach()
+    if target is not None:
+        target = time_grid.unpack(arg.check_state("target", target, arg.shape_of(x_src), device)).to(dtype)
+    sigmas = arg.constant(sigmas)
     tensors = (time_grid.sigma_src, time_grid.grid, time_grid.segment_size, time_grid.shift)
+    options = (time_grid.mode, eps, min_delta)
     if backend != "reference":
-        result = DXIntegrate.apply(
-            x_start, sigmas, local, canonical_src, *tensors, time_grid.mode, eps, min_delta, backend, check
+        result = differentiable_dx_integrate(
+            x_start, sigmas, local, canonical_src, *tensors, target, *options, backend, check
         )
-        return time_grid.pack(result)
+        return time_grid.pack(result) if target is None else result
 
-    check_values(sigmas, time_grid.sigma_src, time_grid.segment_size, time_grid.shift, min_delta, check)
+    check_values(Rollout(x_start, sigmas, local, canonical_src, *tensors, target, *options), check)
+    sigmas = sigmas.to(torch.float64)
     network: Any = (canonical_src, *(value.to(dtype) for value in tensors), time_grid.mode, eps)
     end = reference.dx_rollout(x_start, sigmas.to(dtype), *network) if sigmas.shape[1] > 1 else x_start.clone()
     if min_delta is None:
         return time_grid.pack(end)
     velocity = reference.dx_velocity(x_start, sigmas[:, 0].to(dtype), *network)
-    if min_delta == 0:
-        return time_grid.pack(velocity)
-    return time_grid.pack(mean_velocity(x_start, end, velocity, sigmas, local, min_delta))
+    if min_delta > 0:
+        velocity = mean_velocity(x_start, end, velocity, sigmas, local, min_delta)
+    return time_grid.pack(velocity) if target is None else (velocity - target).square().flatten(1).mean(1)
 
 
 def dx_velocity(
@@ -380,9 +250,8 @@ def dx_mean_velocity_loss(
 
     Differentiable also with respect to `target`, which is shaped as x_start.
     """
-    velocity = dx_mean_velocity(
-        x_start, sigmas, x_src, sigma_src, grid, segment_size, shift, local, mode, eps, min_delta,
-        layout=layout, backend=backend, check=check,
-    )  # fmt: skip
-    arg.check_state("target", target, arg.shape_of(velocity), velocity.device)
-    return (velocity - target).square().flatten(1).mean(1)
+    time_grid = canonical_grid(x_src, sigma_src, grid, segment_size, shift, mode, layout, eps)
+    arg.check_positive("min_delta", min_delta)
+    levels = arg.noise_levels(sigmas, grid.shape[0], grid.device)
+    local = arg.check_mask("local", local, (grid.shape[0],), grid.device)
+    return integrate("x_start", x_start, levels, local, x_src, time_grid, eps, min_delta, backend, check, target)

@@ -43,8 +43,8 @@ def gm_coefficients(
 ) -> Coefficients:
     """Coefficients of x_N (divisor None) or of the mean velocity -(x_N - x_start) / divisor.
 
-    sigma, ds: (B, N). divisor, sigma_src, variance: (B,), variance = S = exp(2 logstds) sigma_src^2. All float64; a
-    complex variance carries a tangent through (see `gm_coefficients_and_tangent`).
+    sigma, ds: (B, N). divisor, sigma_src, variance: (B,), variance = S = T exp(2 logstds) sigma_src^2 at temperature T.
+    All float64; a complex variance carries a tangent through (see `gm_coefficients_and_tangent`).
     """
     s, variance = sigma_src[:, None], variance[:, None]
     s_clamped = s.clamp(min=eps)
@@ -81,16 +81,19 @@ def gm_coefficients(
         ],
         dim=-1,
     )
-    if divisor is None:
-        return Coefficients(
-            steps, torch.stack([one_plus_e[:, -1], d[:, -1], beta[:, -1], torch.ones_like(d[:, -1])], dim=-1)
-        )
-    moved = torch.stack([one_plus_e[:, -1] - 1, d[:, -1] - 1, beta[:, -1], torch.ones_like(d[:, -1])], dim=-1)
-    return Coefficients(steps, moved / -divisor[:, None])
+    moved = 0 if divisor is None else 1
+    out = torch.stack([one_plus_e[:, -1] - moved, d[:, -1] - moved, beta[:, -1], torch.ones_like(d[:, -1])], dim=-1)
+    return Coefficients(steps, out if divisor is None else out / -divisor[:, None])
 
 
 def gm_coefficients_and_tangent(
-    sigma: Tensor, ds: Tensor, divisor: Tensor | None, sigma_src: Tensor, logstds: Tensor, eps: float
+    sigma: Tensor,
+    ds: Tensor,
+    divisor: Tensor | None,
+    sigma_src: Tensor,
+    logstds: Tensor,
+    temperature: float,
+    eps: float,
 ) -> tuple[Coefficients, Coefficients]:
     """Coefficients and their derivatives with respect to logstds, (B, N, 7) and (B, 4) each.
 
@@ -99,7 +102,7 @@ def gm_coefficients_and_tangent(
     value and derivative.
     """
     step = 1e-60
-    variance = variance_of(logstds, sigma_src)
+    variance = temperature * variance_of(logstds, sigma_src)
     value = gm_coefficients(sigma, ds, divisor, sigma_src, torch.complex(variance, 2 * step * variance), eps)
     return Coefficients(*(part.real for part in value)), Coefficients(*(part.imag / step for part in value))
 

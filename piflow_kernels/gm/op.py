@@ -1,7 +1,8 @@
-"""The public GM operators: checks, choice of implementation, autograd, registration with torch.library."""
+"""The public GM operators: checks and choice of implementation."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,11 +10,8 @@ from torch import Tensor
 
 from .. import arguments as arg
 from ..arguments import Backend, Layout
-from ..launch import launch_gm_integrate, launch_gm_integrate_backward
-from ..registration import differentiable_once, vmap_over_samples, without_autocast
-from ..substeps import steps_of
-from . import reference, torch_path
-from .coefficients import gm_coefficients, gm_coefficients_and_tangent, variance_of
+from . import reference
+from .autograd import differentiable_gm_integrate
 
 
 class Mixture(NamedTuple):
@@ -24,6 +22,8 @@ class Mixture(NamedTuple):
     means: Tensor
     logstds: Tensor
     logweights: Tensor
+    keep: Tensor | None
+    temperature: float
     sub_pixels: int | None
 
     def unpack(self, state: Tensor) -> Tensor:
@@ -77,24 +77,16 @@ def canonical_mixture(
         raise ValueError(f"means: expected at least one component and one channel, got {arg.shape_of(means)}")
 
     batch = means.shape[0]
-    log_stds = arg.per_sample("logstds", logstds, batch, device)
     if temperature is not None:
-        temperature = arg.check_number("temperature", temperature, least=0)
-        if temperature < 1:
-            temperature = max(temperature, eps)
-            compute = torch.promote_types(logweights.dtype, torch.float32)
-            logweights = logweights.to(compute) / temperature
-            log_stds = log_stds + 0.5 * torch.log(torch.tensor(temperature, dtype=torch.float64, device=device))
-    keep = arg.check_mask("keep", keep, arg.shape_of(means)[:2], device)
-    if keep is not None:
-        keep = keep | ~keep.any(dim=1, keepdim=True)
-        logweights = logweights.masked_fill(~keep.reshape(*keep.shape, *[1] * (means.dim() - 2)), -torch.inf)
+        temperature = min(max(arg.check_number("temperature", temperature, least=0), eps), 1.0)
     mixture = Mixture(
         x_src=x_src,
-        sigma_src=arg.per_sample("sigma_src", sigma_src, batch, device).detach(),
+        sigma_src=arg.constant(arg.per_sample("sigma_src", sigma_src, batch, device)),
         means=means,
-        logstds=log_stds,
+        logstds=arg.per_sample("logstds", logstds, batch, device),
         logweights=logweights,
+        keep=arg.check_mask("keep", keep, arg.shape_of(means)[:2], device),
+        temperature=1.0 if temperature is None else temperature,
         sub_pixels=sub_pixels,
     )
     return mixture._replace(x_src=mixture.unpack(x_src))
@@ -106,120 +98,14 @@ def canonical_state(name: str, value: Tensor, mixture: Mixture, like: Tensor) ->
     return mixture.unpack(state)
 
 
-@torch.library.custom_op("piflow::gm_integrate", mutates_args=())
-def gm_integrate(
-    x_start: Tensor,
-    sigmas: Tensor,
-    local: Tensor | None,
-    x_src: Tensor,
-    sigma_src: Tensor,
-    means: Tensor,
-    logstds: Tensor,
-    logweights: Tensor,
-    eps: float,
-    min_delta: float | None,
-    backend: str,
-    check: bool,
-) -> Tensor:
-    """End state (min_delta None), mean velocity, or velocity at the only level (min_delta 0); canonical arguments."""
-    arg.check_values(sigmas, sigma_src, min_delta == 0, check)
-    run = launch_gm_integrate if backend == "triton" else torch_path.gm_integrate
-    with without_autocast(x_start):
-        variance = variance_of(logstds, sigma_src)
-        coefficients = gm_coefficients(*steps_of(sigmas, local, min_delta), sigma_src, variance, eps)
-        return run(x_start, x_src, means, logweights, coefficients)
-
-
-@gm_integrate.register_fake
-def _(x_start: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x_start)
-
-
-@torch.library.custom_op("piflow::gm_integrate_backward", mutates_args=())
-def gm_integrate_backward(
-    grad: Tensor,
-    x_start: Tensor,
-    sigmas: Tensor,
-    local: Tensor | None,
-    x_src: Tensor,
-    sigma_src: Tensor,
-    means: Tensor,
-    logstds: Tensor,
-    logweights: Tensor,
-    eps: float,
-    min_delta: float | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Adjoints of x_start, x_src, means, logstds and logweights."""
-    run = launch_gm_integrate_backward if backend == "triton" else torch_path.gm_integrate_backward
-    with without_autocast(x_start):
-        steps = steps_of(sigmas, local, min_delta)
-        coefficients, tangent = gm_coefficients_and_tangent(*steps, sigma_src, logstds, eps)
-        adjoints = run(grad, x_start, x_src, means, logweights, coefficients)
-        logstds_bar = torch.zeros_like(logstds)
-        for bar, slope in zip(adjoints.coefficients, tangent):
-            logstds_bar += (bar * slope).flatten(1).sum(1)
-    return adjoints.x_start, adjoints.x_src, adjoints.means, logstds_bar, adjoints.logweights
-
-
-@gm_integrate_backward.register_fake
-def _(
-    grad: Tensor,
-    x_start: Tensor,
-    sigmas: Tensor,
-    local: Tensor | None,
-    x_src: Tensor,
-    sigma_src: Tensor,
-    means: Tensor,
-    logstds: Tensor,
-    logweights: Tensor,
-    eps: float,
-    min_delta: float | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors = (x_start, x_src, means, logstds, logweights)
-    return tuple(torch.empty_like(tensor) for tensor in tensors)  # type: ignore[return-value]
-
-
-vmap_over_samples(gm_integrate)
-vmap_over_samples(gm_integrate_backward)
-gm_adjoint = differentiable_once(gm_integrate_backward, "the GM policy")
-
-
-class GMIntegrate(torch.autograd.Function):
-    """Autograd outside the functional operators, so that torch.func transforms see it."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        x_start: Tensor,
-        sigmas: Tensor,
-        local: Tensor | None,
-        x_src: Tensor,
-        sigma_src: Tensor,
-        means: Tensor,
-        logstds: Tensor,
-        logweights: Tensor,
-        eps: float,
-        min_delta: float | None,
-        backend: str,
-        check: bool,
-    ) -> Tensor:
-        return gm_integrate(
-            x_start, sigmas, local, x_src, sigma_src, means, logstds, logweights, eps, min_delta, backend, check
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, eps, min_delta, backend, _ = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.scalars = eps, min_delta, backend
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_start, x_src, means, logstds, logweights = gm_adjoint(grad, *ctx.saved_tensors, *ctx.scalars)
-        return x_start, None, None, x_src, None, means, logstds, logweights, None, None, None, None
+def tempered(mixture: Mixture, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """logstds and logweights of the mixture at its temperature and without the dropped components, in `dtype`."""
+    logstds = mixture.logstds.to(torch.float64) + 0.5 * math.log(mixture.temperature)
+    logweights = mixture.logweights.to(dtype) / mixture.temperature
+    if mixture.keep is not None:
+        keep = mixture.keep | ~mixture.keep.any(dim=1, keepdim=True)
+        logweights = logweights.masked_fill(~keep.reshape(*keep.shape, *[1] * (logweights.dim() - 2)), -torch.inf)
+    return logstds.to(dtype), logweights
 
 
 def integrate(
@@ -231,28 +117,32 @@ def integrate(
     min_delta: float | None,
     backend: Backend | None,
     check: bool,
+    target: Tensor | None = None,
 ) -> Tensor:
-    """Dispatch of every GM operator; x_start is canonical, the result in the caller's layout."""
-    dtype = arg.computing_dtype(x_start, mixture.x_src, mixture.means)
+    """Dispatch of every GM operator; x_start and target are canonical, the result in the caller's layout or (B,)."""
+    dtype = arg.computing_dtype(x_start, mixture.x_src, mixture.means, *(() if target is None else (target,)))
     backend = arg.resolve_backend(backend, mixture.means.device, dtype)
     x_start, x_src = x_start.to(dtype), mixture.x_src.to(dtype)
-    sigmas = sigmas.detach()
+    target = None if target is None else target.to(dtype)
+    sigmas = arg.constant(sigmas)
     if backend != "reference":
-        args = (x_src, mixture.sigma_src, mixture.means, mixture.logstds, mixture.logweights)
-        result = GMIntegrate.apply(x_start, sigmas, local, *args, eps, min_delta, backend, check)
-        return mixture.pack(result)
+        result = differentiable_gm_integrate(
+            x_start, sigmas, local, x_src, mixture.sigma_src, mixture.means, mixture.logstds, mixture.logweights,
+            mixture.keep, target, mixture.temperature, eps, min_delta, backend, check,
+        )  # fmt: skip
+        return mixture.pack(result) if target is None else result
 
     arg.check_values(sigmas, mixture.sigma_src, min_delta == 0, check)
-    inputs = (x_src, mixture.sigma_src, mixture.means, mixture.logstds, mixture.logweights)
-    network: Any = (*(value.to(dtype) for value in inputs), eps)
+    logstds, logweights = tempered(mixture, dtype)
+    sigmas = sigmas.to(torch.float64)
+    network: Any = (x_src, mixture.sigma_src.to(dtype), mixture.means.to(dtype), logstds, logweights, eps)
     end = reference.gm_rollout(x_start, sigmas, *network) if sigmas.shape[1] > 1 else x_start.clone()
     if min_delta is None:
         return mixture.pack(end)
     velocity = reference.gm_velocity(x_start, sigmas[:, 0], *network)
-    if min_delta == 0:
-        return mixture.pack(velocity)
-    mean = reference.mean_velocity(x_start, end, velocity, sigmas, local, min_delta)
-    return mixture.pack(mean)
+    if min_delta > 0:
+        velocity = reference.mean_velocity(x_start, end, velocity, sigmas, local, min_delta)
+    return mixture.pack(velocity) if target is None else (velocity - target).square().flatten(1).mean(1)
 
 
 def gm_velocity(
@@ -392,9 +282,10 @@ def gm_mean_velocity_loss(
 
     Differentiable also with respect to `target`, which is shaped as x_start.
     """
-    velocity = gm_mean_velocity(
-        x_start, sigmas, x_src, sigma_src, means, logstds, logweights, local, eps, min_delta,
-        temperature=temperature, keep=keep, layout=layout, backend=backend, check=check,
-    )  # fmt: skip
-    arg.check_state("target", target, arg.shape_of(velocity), velocity.device)
-    return (velocity - target).square().flatten(1).mean(1)
+    mixture = canonical_mixture(x_src, sigma_src, means, logstds, logweights, temperature, keep, layout, eps)
+    arg.check_positive("min_delta", min_delta)
+    x_start = canonical_state("x_start", x_start, mixture, like=x_src)
+    target = canonical_state("target", target, mixture, like=x_src)
+    levels = arg.noise_levels(sigmas, means.shape[0], means.device)
+    local = arg.check_mask("local", local, (means.shape[0],), means.device)
+    return integrate(x_start, levels, local, mixture, eps, min_delta, backend, check, target)

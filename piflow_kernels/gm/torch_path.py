@@ -2,14 +2,15 @@
 
 Arguments are canonical (see `piflow_kernels.arguments`); a block holds, contiguous and in the computing dtype,
 
-    means (B, K, C, P), logweights (B, K, P), x_src and delta (B, C, P)        P pixels of B samples
+    vt (B, K, C, P), logweights (B, K, P), x_src, delta and vbar (B, C, P)        P pixels of B samples
 
 Gram space carries b (B, K, P) through the substeps and never looks at the channels again; channel space carries
-y = sum_k b_k vt_k (B, C, P). The adjoints run the same recursions in reverse.
+y = sum_k b_k vt_k (B, C, P). The adjoints run the same recursions in reverse from what the forward pass kept.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from .coefficients import Coefficients
 
-BLOCK_ELEMENTS = 1 << 20
-"""Elements of the array that a substep reads: 4 MB in float32, so that it stays in the cores' second-level caches."""
+BLOCK_ELEMENTS = 1 << 19
+"""Elements, per thread, of the array that a substep reads: 2 MB in float32, a core's second-level cache."""
+SLICE_ELEMENTS = 1 << 15
+"""Elements, per block, from which on an operation's own time outweighs the overhead of calling it."""
 
 
 def gram_space_is_cheaper(n_components: int, n_channels: int, n_substeps: int) -> bool:
@@ -29,7 +32,10 @@ def gram_space_is_cheaper(n_components: int, n_channels: int, n_substeps: int) -
 
 
 class Block(NamedTuple):
-    means: Tensor
+    """Component velocities about their mean, and what else a rollout starts from."""
+
+    vt: Tensor
+    vbar: Tensor
     logweights: Tensor
     x_src: Tensor
     delta: Tensor
@@ -46,244 +52,323 @@ class Region(NamedTuple):
         """The part of (B, ..., *S) in this region, where `leading` axes come before the spatial ones."""
         return tensor[(self.samples, *[slice(None)] * (leading - 1 + self.axis), self.positions)]
 
+    def write(self, tensor: Tensor, value: Tensor, leading: int) -> None:
+        """Write a block's values (B, ..., P) to this region of (B, ..., *S)."""
+        written = self.of(tensor, leading)
+        written.copy_(value.view(written.shape))
+
 
 def regions(batch: int, spatial: tuple[int, ...], elements_per_pixel: int) -> Iterator[Region]:
-    """Cover (B, *S) by regions of about BLOCK_ELEMENTS / elements_per_pixel pixels."""
-    n_pixels = 1
-    for size in spatial:
-        n_pixels *= size
+    """Cover (B, *S) by regions of about BLOCK_ELEMENTS / elements_per_pixel pixels for each thread."""
+    n_pixels = math.prod(spatial)
     if batch * n_pixels == 0:
         return
-    budget = max(BLOCK_ELEMENTS // elements_per_pixel, 1)
+    budget = max(BLOCK_ELEMENTS * torch.get_num_threads() // elements_per_pixel, 1)
     axis = max(range(len(spatial)), key=lambda i: spatial[i])
     samples = max(min(budget // n_pixels, batch), 1)
     length = max(min(budget * spatial[axis] // (samples * n_pixels), spatial[axis]), 1)
+    length = math.ceil(spatial[axis] / math.ceil(spatial[axis] / length))  # as many blocks, of even lengths
     for b in range(0, batch, samples):
         for i in range(0, spatial[axis], length):
             yield Region(slice(b, min(b + samples, batch)), axis, slice(i, min(i + length, spatial[axis])))
 
 
+def flat(part: Tensor, leading: int, dtype: torch.dtype) -> Tensor:
+    """(B, ..., *S) -> (B, ..., P) in `dtype`, contiguous."""
+    return part.to(dtype).reshape(*part.shape[:leading], -1).contiguous()
+
+
 def read_block(
-    region: Region, x_start: Tensor, x_src: Tensor, means: Tensor, logweights: Tensor, dtype: torch.dtype
+    region: Region,
+    x_start: Tensor,
+    x_src: Tensor,
+    means: Tensor,
+    logweights: Tensor,
+    keep: Tensor | None,
+    temperature: float,
 ) -> Block:
-    def flat(tensor: Tensor, leading: int) -> Tensor:
-        part = region.of(tensor, leading).to(dtype)
-        return part.reshape(*part.shape[:leading], -1)
-
-    x_s = flat(x_src, 2)
-    return Block(flat(means, 3), flat(logweights, 3)[:, :, 0], x_s, flat(x_start, 2) - x_s)
-
-
-def per_sample_step(steps: Tensor, n: int) -> tuple[Tensor, ...]:
-    """A, B, p_h, p_hd, p_m, p_q, p_G of substep n, each (B, 1, 1)."""
-    return steps[:, n, :, None, None].unbind(1)
-
-
-# Sums of products below run as fused multiply-adds over the summed axis: a product (B, K, C, P) written out and read
-# back for its sum costs twice the time. Only where the other axis is short does the overhead per operation cost more.
+    dtype = x_start.dtype
+    part = region.of(means, 3)
+    vbar = part.mean(1, dtype=dtype)
+    vt = torch.sub(part, vbar[:, None], out=torch.empty(part.shape, dtype=dtype)).flatten(3)
+    logits = flat(region.of(logweights, 3), 3, dtype)[:, :, 0]
+    if temperature != 1:
+        logits = logits / temperature
+    if keep is not None:
+        logits = logits.masked_fill(~keep[region.samples, :, None], -torch.inf)
+    x_s = flat(region.of(x_src, 2), 2, dtype)
+    return Block(vt, flat(vbar, 2, dtype), logits, x_s, flat(region.of(x_start, 2), 2, dtype) - x_s)
 
 
-def combine(weights: Tensor, vectors: Tensor) -> Tensor:
-    """sum_k weights_k vectors_k: (B, K, P), (B, K, C, P) -> (B, C, P)."""
-    if vectors.shape[1] > 2 * vectors.shape[2]:
-        return (weights[:, :, None] * vectors).sum(1)
-    total = weights[:, 0, None] * vectors[:, 0]
-    for k in range(1, vectors.shape[1]):
-        total.addcmul_(weights[:, k, None], vectors[:, k])
-    return total
+class SumOfProducts:
+    """sum over `axis` of left * right (of as many axes), of what the two hold at each call; without that axis.
+
+    It runs as fused multiply-adds over slices of the summed axis: products written out and read back for their sum
+    would leave the cache. A slice is as thick as it takes to outweigh the overhead per operation; slices and the room
+    for their products are made once, for a substep takes little longer than that.
+    """
+
+    def __init__(self, left: Tensor, right: Tensor, axis: int) -> None:
+        size, shape = left.shape[axis], [max(sizes) for sizes in zip(left.shape, right.shape)]
+        slice_elements = math.prod(shape) // size
+        thickness = next(
+            i for i in range(1, size + 1) if i == size or (size % i == 0 and i * slice_elements >= SLICE_ELEMENTS)
+        )
+        shape[axis] = thickness
+        self.axis = axis
+        self.pairs = list(zip(left.split(thickness, axis), right.split(thickness, axis)))
+        self.products = left.new_empty(shape) if thickness > 1 else None
+
+    def into(self, out: Tensor) -> Tensor:
+        total = out.unsqueeze(self.axis) if self.products is None else self.products
+        torch.mul(*self.pairs[0], out=total)
+        for pair in self.pairs[1:]:
+            total.addcmul_(*pair)
+        return out if self.products is None else torch.sum(total, self.axis, out=out)
+
+    def added_to(self, out: Tensor) -> Tensor:
+        if self.products is not None:
+            torch.mul(*self.pairs[0], out=self.products)
+            for pair in self.pairs[1:]:
+                self.products.addcmul_(*pair)
+            return out.add_(self.products.sum(self.axis))
+        total = out.unsqueeze(self.axis)
+        for pair in self.pairs:
+            total.addcmul_(*pair)
+        return out
 
 
-def dot(vectors: Tensor, state: Tensor) -> Tensor:
-    """vectors_k . state: (B, K, C, P), (B, C, P) -> (B, K, P)."""
-    total = vectors[:, :, 0] * state[:, None, 0]
-    for c in range(1, vectors.shape[2]):
-        total.addcmul_(vectors[:, :, c], state[:, None, c])
-    return total
+def softmax_terms(logits: Tensor) -> Tensor:
+    """Overwrites logits (B, K, P) by e with softmax = e / sum_k e_k and returns the sum, (B, 1, P).
+
+    Weights below e^-60 of the largest count as that: as denormal numbers they would take a hundred times the time.
+    """
+    return logits.sub_(logits.amax(1, keepdim=True)).clamp_(min=-60).exp_().sum(1, keepdim=True)
 
 
-def gram_matrix(vectors: Tensor) -> Tensor:
-    """vectors_k . vectors_j: (B, K, C, P) -> (B, K, K, P)."""
-    total = vectors[:, :, None, 0] * vectors[:, None, :, 0]
-    for c in range(1, vectors.shape[2]):
-        total.addcmul_(vectors[:, :, None, c], vectors[:, None, :, c])
-    return total
+def normalised(e: Tensor, total: Tensor, out: Tensor) -> Tensor:
+    """The softmax, where weights as small as that are zero."""
+    return torch.threshold_(torch.div(e, total, out=out), 1e-26, 0.0)
 
 
-def softmax_adjoint(w: Tensor, w_bar: Tensor) -> Tensor:
-    return w * (w_bar - (w * w_bar).sum(1, keepdim=True))
+def softmax_adjoint(w: Tensor, w_bar: Tensor, out: Tensor) -> Tensor:
+    torch.mul(w, w_bar, out=out)
+    return out.addcmul_(w, out.sum(1, keepdim=True), value=-1)
 
 
-class GramSpace:
+def inner(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of what two histories hold of each substep, (B, N, ., P): (B, N, 1)."""
+    return (left * right).sum((2, 3))[..., None]
+
+
+class Space:
+    """What the two forms share: a block, its coefficients, products of its velocities with what two arrays hold."""
+
+    def __init__(self, block: Block, steps: Tensor) -> None:
+        self.block, self.steps = block, steps
+        # A, B, p_h, p_hd, p_m, p_q, p_G of each substep, each (B, 1, 1).
+        self.scalars = [step.unbind(0) for step in steps.permute(1, 2, 0)[..., None, None].unbind(0)]
+        self.vector, self.weights = torch.empty_like(block.vbar), torch.empty_like(block.logweights)
+        self.dot = SumOfProducts(block.vt, self.vector[:, None], 2)  # vt_k . vector, (B, K, P)
+        self.combine = SumOfProducts(block.vt, self.weights[:, :, None], 1)  # sum_k weights_k vt_k, (B, C, P)
+
+    def history(self, like: Tensor) -> Tensor:
+        """Room for one array like (B, ., P) of each substep, (B, N, ., P)."""
+        return like.new_empty(like.shape[0], self.steps.shape[1], *like.shape[1:])
+
+
+class GramSpace(Space):
     """b <- A b + B softmax(L(b)) with the products of velocities taken once."""
 
     def __init__(self, block: Block, steps: Tensor) -> None:
-        self.block, self.steps = block, steps
-        self.vbar = block.means.mean(1)
-        self.vt = block.means - self.vbar[:, None]
-        self.gram = gram_matrix(self.vt)
-        self.columns = self.gram.unbind(2)
-        features = [block.logweights, dot(self.vt, block.x_src), dot(self.vt, block.delta), dot(self.vt, self.vbar)]
-        features.append(torch.diagonal(self.gram, dim1=1, dim2=2).movedim(-1, 1))
-        self.features = torch.stack(features, dim=1)  # (B, 5, K, P): logweights, h, hd, m, q
+        super().__init__(block, steps)
+        batch, k, _, p = block.vt.shape
+        self.gram = block.vt.new_empty(batch, k, k, p)
+        # Logweights, h, hd, m, q: the part of the logits that b does not move is a matrix product with them.
+        self.features = block.vt.new_empty(batch, 5, k, p)
+        self.features[:, 0] = block.logweights
+        states = torch.stack([block.x_src, block.delta, block.vbar], dim=1)
+        by_component = block.vt[:, None]
+        SumOfProducts(block.vt[:, :, None], by_component, 3).into(self.gram)
+        SumOfProducts(states[:, :, None], by_component, 3).into(self.features[:, 1:4])  # h, hd, m
+        self.features[:, 4] = torch.diagonal(self.gram, dim1=1, dim2=2).movedim(-1, 1)
+        self.feature_weights = torch.cat([torch.ones_like(steps[..., :1]), steps[..., 2:6]], dim=-1)  # (B, N, 5)
+        self.gram_times_weights = SumOfProducts(self.gram, self.weights[:, None], 2)  # (B, K, P)
 
-    def feature_weights(self) -> Tensor:
-        """(B, N, 5): what each substep's logits take of the features."""
-        return torch.cat([torch.ones_like(self.steps[..., :1]), self.steps[..., 2:6]], dim=-1)
+    def forward(self, keep_history: bool = False) -> Tensor:
+        """y_N = sum_k b_{N,k} vt_k, (B, C, P); b_n and the softmax of every substep are kept for `backward`."""
+        b, gram_b, logits = self.weights.zero_(), torch.empty_like(self.weights), torch.empty_like(self.weights)
+        if keep_history:
+            self.bs, self.ws = self.history(b), self.history(b)
+        for n, (gain, gift, *_, p_gram) in enumerate(self.scalars):
+            if n % 8 == 0:
+                fixed = torch.bmm(self.feature_weights[:, n : n + 8], self.features.flatten(2))
+                fixed_logits = fixed.unflatten(2, b.shape[1:]).unbind(1)
+            e = torch.addcmul(fixed_logits[n % 8], self.gram_times_weights.into(gram_b), p_gram, out=logits)
+            total = softmax_terms(e)
+            if keep_history:
+                self.bs[:, n] = b
+                normalised(e, total, out=self.ws[:, n])
+            b.mul_(gain).addcmul_(e, gift / total)
+        self.b = b.clone()
+        return self.combine.into(torch.empty_like(self.vector))
 
-    def gram_times(self, b: Tensor) -> Tensor:
-        total = self.columns[0] * b[:, None, 0]
-        for column, b_k in zip(self.columns[1:], b.unbind(1)[1:]):
-            total.addcmul_(column, b_k[:, None])
-        return total
-
-    def forward(self, history: list[tuple[Tensor, Tensor, Tensor]] | None = None) -> Tensor:
-        """y_N = sum_k b_{N,k} vt_k, (B, C, P); (b_n, w_n, G b_n) of every substep go to `history`."""
-        batch, _, k, p = self.features.shape
-        # The part of the logits that b does not move, of all substeps in one matrix product.
-        fixed = torch.bmm(self.feature_weights(), self.features.reshape(batch, 5, k * p)).reshape(batch, -1, k, p)
-        b = torch.zeros_like(self.block.logweights)
-        for n in range(self.steps.shape[1]):
-            gain, gift, *_, p_gram = per_sample_step(self.steps, n)
-            gram_b = self.gram_times(b)
-            w = torch.softmax(torch.addcmul(fixed[:, n], gram_b, p_gram), dim=1)
-            if history is not None:
-                history.append((b, w, gram_b))
-            b = torch.addcmul(w * gift, b, gain)
-        self.b = b
-        return combine(b, self.vt)
-
-    def backward(self, y_bar: Tensor) -> tuple[Tensor, Block, Tensor]:
-        """y_N and, given its adjoint, those of the block's arrays and of the steps (B, N, 7)."""
-        block, vt = self.block, self.vt
-        history: list[tuple[Tensor, Tensor, Tensor]] = []
-        y = self.forward(history)
-        batch, _, k, p = self.features.shape
-        n_steps = self.steps.shape[1]
-        b_bar = dot(vt, y_bar)
+    def backward(self, y_bar: Tensor) -> tuple[Block, Tensor]:
+        """Given the adjoint of y_N, those of the block's arrays and of the steps (B, N, 7)."""
+        block, l_bar = self.block, self.weights
+        self.vector.copy_(y_bar)
+        b_bar = self.dot.into(torch.empty_like(l_bar))
+        b_bars, l_bars, gram_ls = (self.history(b_bar) for _ in range(3))
         gram_bar = torch.zeros_like(self.gram)
-        logits_bar = self.features.new_empty(batch, n_steps, k, p)
-        steps_bar = torch.zeros_like(self.steps)
-        for n in reversed(range(n_steps)):
-            gain, gift, *_, p_gram = per_sample_step(self.steps, n)
-            b, w, gram_b = history.pop()
-            steps_bar[:, n, 0] = (b_bar * b).sum((1, 2))
-            steps_bar[:, n, 1] = (b_bar * w).sum((1, 2))
-            l_bar = softmax_adjoint(w, b_bar * gift)
-            logits_bar[:, n] = l_bar
-            steps_bar[:, n, 6] = (l_bar * gram_b).sum((1, 2))
-            through_gram = l_bar * p_gram
-            gram_bar.addcmul_(through_gram[:, :, None], b[:, None])
-            b_bar = torch.addcmul(self.gram_times(through_gram), b_bar, gain)
+        for n in reversed(range(len(self.scalars))):
+            gain, gift, *_, p_gram = self.scalars[n]
+            b_bars[:, n] = b_bar
+            softmax_adjoint(self.ws[:, n], b_bar * gift, out=l_bar)
+            l_bars[:, n] = l_bar
+            gram_l = self.gram_times_weights.into(gram_ls[:, n])
+            gram_bar.addcmul_((l_bar * p_gram)[:, :, None], self.bs[:, n, None])
+            b_bar.mul_(gain).addcmul_(gram_l, p_gram)
 
-        flat_bar = logits_bar.reshape(batch, n_steps, k * p)
-        features = self.features.reshape(batch, 5, k * p)
-        steps_bar[..., 2:6] = torch.bmm(flat_bar, features.transpose(1, 2))[..., 1:]
-        features_bar = torch.bmm(self.feature_weights().transpose(1, 2), flat_bar).reshape(batch, 5, k, p)
+        flat_bars = l_bars.flatten(2)
+        features_bar = torch.bmm(self.feature_weights.mT, flat_bars).unflatten(2, b_bar.shape[1:])
         logweights_bar, h_bar, hd_bar, m_bar, q_bar = features_bar.unbind(1)
-
         vt_bar = self.b[:, :, None] * y_bar[:, None]
-        for k_bar, state in ((h_bar, block.x_src), (hd_bar, block.delta), (m_bar, self.vbar)):
+        states_bar = []
+        for k_bar, state in ((h_bar, block.x_src), (hd_bar, block.delta), (m_bar, block.vbar)):
             vt_bar.addcmul_(k_bar[:, :, None], state[:, None])
-        vt_bar.addcmul_(q_bar[:, :, None], vt, value=2)
+            self.weights.copy_(k_bar)
+            states_bar.append(self.combine.into(torch.empty_like(state)))
+        vt_bar.addcmul_(q_bar[:, :, None], block.vt, value=2)
         symmetric = gram_bar + gram_bar.transpose(1, 2)
-        for j in range(k):
-            vt_bar.addcmul_(symmetric[:, :, j, None], vt[:, j, None])
-        vbar_bar = combine(m_bar, vt)
-        means_bar = vt_bar.add_(((vbar_bar - vt_bar.sum(1)) / k)[:, None])
-        return y, Block(means_bar, logweights_bar, combine(h_bar, vt), combine(hd_bar, vt)), steps_bar
+        for column, velocity in zip(symmetric.unbind(2), block.vt.unbind(1)):
+            vt_bar.addcmul_(column[:, :, None], velocity[:, None])
+        x_src_bar, delta_bar, vbar_bar = states_bar
+        through_features = torch.bmm(flat_bars, self.features[:, 1:].flatten(2).mT)
+        through_b = [inner(b_bars, self.bs), inner(b_bars, self.ws)]
+        steps_bar = torch.cat([*through_b, through_features, inner(gram_ls, self.bs)], dim=-1)
+        return Block(vt_bar, vbar_bar, logweights_bar, x_src_bar, delta_bar), steps_bar
 
 
-class ChannelSpace:
-    """y <- A y + B sum_k softmax(L(y))_k vt_k, reading the velocities in every substep."""
+class ChannelSpace(Space):
+    """y <- A y + B sum_k softmax(L(y))_k vt_k, reading the velocities in every substep.
+
+    The logits are logweights + p_q q + vt . z with the probe z = p_h x_src + p_hd delta + p_m vbar + p_G y.
+    """
 
     def __init__(self, block: Block, steps: Tensor) -> None:
-        self.block, self.steps = block, steps
-        self.vbar = block.means.mean(1)
-        self.vt = block.means - self.vbar[:, None]
-        self.q = (self.vt**2).sum(2)
+        super().__init__(block, steps)
+        self.q = SumOfProducts(block.vt, block.vt, 2).into(torch.empty_like(block.logweights))
+        # What the probe is made of; y, the last, moves.
+        self.states = torch.stack([block.x_src, block.delta, block.vbar, torch.zeros_like(block.vbar)], dim=1)
+        self.probe_weights = torch.cat([steps[..., 2:5], steps[..., 6:]], dim=-1)  # (B, N, 4)
 
-    def probe_and_weights(self, n: int, y: Tensor) -> tuple[Tensor, Tensor]:
-        """z_n, with which the logits are logweights + p_q q + vt . z_n, and their softmax."""
-        _, _, p_h, p_hd, p_m, p_q, p_gram = per_sample_step(self.steps, n)
-        z = p_h * self.block.x_src + p_hd * self.block.delta + p_m * self.vbar + p_gram * y
-        return z, torch.softmax(torch.addcmul(self.block.logweights, self.q, p_q) + dot(self.vt, z), dim=1)
-
-    def forward(self, history: list[Tensor] | None = None) -> Tensor:
-        """y_N, (B, C, P); y_n of every substep go to `history`."""
-        y = torch.zeros_like(self.vbar)
-        for n in range(self.steps.shape[1]):
-            if history is not None:
-                history.append(y)
-            gain, gift, *_ = per_sample_step(self.steps, n)
-            _, w = self.probe_and_weights(n, y)
-            y = torch.addcmul(combine(w, self.vt) * gift, y, gain)
+    def forward(self, keep_history: bool = False) -> Tensor:
+        """y_N, (B, C, P); what `backward` needs of every substep is kept for it."""
+        z, e, y = self.vector, self.weights, self.states[:, 3]
+        mixed = torch.empty_like(z)
+        flat_z, flat_states = z.flatten(1)[:, None], self.states.flatten(2)
+        if keep_history:
+            self.ys, self.zs, self.ws = self.history(y), self.history(z), self.history(e)
+        for n, (gain, gift, *_, p_q, _) in enumerate(self.scalars):
+            torch.bmm(self.probe_weights[:, n : n + 1], flat_states, out=flat_z)
+            torch.addcmul(self.block.logweights, self.q, p_q, out=e)
+            total = softmax_terms(self.dot.added_to(e))
+            if keep_history:
+                self.ys[:, n], self.zs[:, n] = y, z
+                normalised(e, total, out=self.ws[:, n])
+            y.mul_(gain).addcmul_(self.combine.into(mixed), gift / total)
         return y
 
-    def backward(self, y_bar: Tensor) -> tuple[Tensor, Block, Tensor]:
-        """y_N and, given its adjoint, those of the block's arrays and of the steps (B, N, 7)."""
-        block, vt = self.block, self.vt
-        history: list[Tensor] = []
-        y_end = self.forward(history)
-        vt_bar = torch.zeros_like(vt)
-        x_src_bar, delta_bar, vbar_bar = torch.zeros_like(y_bar), torch.zeros_like(y_bar), torch.zeros_like(y_bar)
-        logweights_bar, q_bar = torch.zeros_like(block.logweights), torch.zeros_like(block.logweights)
-        steps_bar = torch.zeros_like(self.steps)
-        for n in reversed(range(self.steps.shape[1])):
-            gain, gift, p_h, p_hd, p_m, p_q, p_gram = per_sample_step(self.steps, n)
-            y = history.pop()
-            z, w = self.probe_and_weights(n, y)
-            mixed_bar = y_bar * gift
-            l_bar = softmax_adjoint(w, dot(vt, mixed_bar))
-            z_bar = combine(l_bar, vt)
-            vt_bar.addcmul_(w[:, :, None], mixed_bar[:, None])
-            vt_bar.addcmul_(l_bar[:, :, None], z[:, None])
-            logweights_bar += l_bar
-            q_bar.addcmul_(l_bar, p_q)
-            x_src_bar.addcmul_(z_bar, p_h)
-            delta_bar.addcmul_(z_bar, p_hd)
-            vbar_bar.addcmul_(z_bar, p_m)
-            pairs = (
-                (y_bar, y),
-                (y_bar, combine(w, vt)),
-                (z_bar, block.x_src),
-                (z_bar, block.delta),
-                (z_bar, self.vbar),
-                (l_bar, self.q),
-                (z_bar, y),
-            )
-            steps_bar[:, n] = torch.stack([(bar * value).sum((1, 2)) for bar, value in pairs], dim=-1)
-            y_bar = torch.addcmul(z_bar * p_gram, y_bar, gain)
+    def backward(self, y_bar: Tensor) -> tuple[Block, Tensor]:
+        """Given the adjoint of y_N, those of the block's arrays and of the steps (B, N, 7)."""
+        vt, l_bar, w_bar = self.block.vt, self.weights, torch.empty_like(self.weights)
+        y_bars, z_bars, l_bars = self.history(y_bar), self.history(y_bar), self.history(self.q)
+        gift_bars, vt_bar = self.history(self.q[:, :1]), torch.zeros_like(vt)
+        for n in reversed(range(len(self.scalars))):
+            gain, gift, *_, p_gram = self.scalars[n]
+            w = self.ws[:, n]
+            y_bars[:, n] = self.vector.copy_(y_bar)
+            self.dot.into(w_bar)
+            mean = torch.sum(torch.mul(w, w_bar, out=l_bar), 1, keepdim=True, out=gift_bars[:, n])
+            l_bars[:, n] = torch.mul(w, w_bar.sub_(mean), out=l_bar).mul_(gift)
+            z_bar = self.combine.into(z_bars[:, n])
+            vt_bar.addcmul_((w * gift)[:, :, None], y_bar[:, None]).addcmul_(l_bar[:, :, None], self.zs[:, n, None])
+            y_bar = (y_bar * gain).addcmul_(z_bar, p_gram)
+
+        flat_z, flat_l = z_bars.flatten(2), l_bars.flatten(2)
+        q_bar = torch.bmm(self.steps[..., 5:6].mT, flat_l).view_as(self.q)
         vt_bar.addcmul_(q_bar[:, :, None], vt, value=2)
-        means_bar = vt_bar.add_(((vbar_bar - vt_bar.sum(1)) / vt.shape[1])[:, None])
-        return y_end, Block(means_bar, logweights_bar, x_src_bar, delta_bar), steps_bar
+        states_bar = torch.bmm(self.steps[..., 2:5].mT, flat_z).unflatten(2, y_bar.shape[1:])
+        x_src_bar, delta_bar, vbar_bar = states_bar.unbind(1)
+        through_y = [inner(y_bars, self.ys), gift_bars.sum((2, 3))[..., None]]
+        through_states = torch.bmm(flat_z, self.states[:, :3].flatten(2).mT)
+        through_q = torch.bmm(flat_l, self.q.flatten(1)[..., None])
+        steps_bar = torch.cat([*through_y, through_states, through_q, inner(z_bars, self.ys)], dim=-1)
+        return Block(vt_bar, vbar_bar, l_bars.sum(1), x_src_bar, delta_bar), steps_bar
 
 
-def spaces(
-    x_start: Tensor, x_src: Tensor, means: Tensor, logweights: Tensor, coefficients: Coefficients
-) -> Iterator[tuple[Region, GramSpace | ChannelSpace, Tensor]]:
-    """Each region of pixels with its arrays in the form that is cheaper, and its `out` weights (B, 4, 1, 1)."""
+class Part(NamedTuple):
+    """One region of pixels: its arrays in the form that is cheaper, and its `out` weights, (B, 1, 1) each.
+
+    The last weight is o_s - o_d, with which x_src counts where x_start is held: a difference taken in float64.
+    """
+
+    region: Region
+    space: GramSpace | ChannelSpace
+    out: tuple[Tensor, ...]
+
+    def result(self, y: Tensor) -> Tensor:
+        """o_s x_src + o_d delta + o_beta vbar + o_y y_N, (B, C, P)."""
+        (o_s, o_d, o_beta, o_y, _), block = self.out, self.space.block
+        return (o_s * block.x_src).addcmul_(block.delta, o_d).addcmul_(block.vbar, o_beta).addcmul_(y, o_y)
+
+
+def parts(
+    x_start: Tensor,
+    x_src: Tensor,
+    means: Tensor,
+    logweights: Tensor,
+    coefficients: Coefficients,
+    keep: Tensor | None,
+    temperature: float,
+) -> Iterator[Part]:
     batch, n_components, n_channels, *spatial = means.shape
-    dtype = x_start.dtype
-    steps, out = coefficients.steps.to(dtype), coefficients.out.to(dtype)[:, :, None, None]
+    steps, out = coefficients.steps, coefficients.out
+    out = torch.cat([out, out[:, :1] - out[:, 1:2]], dim=1).to(x_start.dtype)[:, :, None, None]
+    steps = steps.to(x_start.dtype)
     gram = gram_space_is_cheaper(n_components, n_channels, steps.shape[1])
-    for region in regions(batch, tuple(spatial), n_components * (n_components if gram else n_channels)):
-        block = read_block(region, x_start, x_src, means, logweights, dtype)
-        space = GramSpace if gram else ChannelSpace
-        yield region, space(block, steps[region.samples]), out[region.samples]
+    space = GramSpace if gram else ChannelSpace
+    # Gram space reads K K values in a substep, but K C lie beside them.
+    per_pixel = n_components * (n_channels if not gram else (n_components + n_channels + 1) // 2)
+    for region in regions(batch, tuple(spatial), per_pixel):
+        block = read_block(region, x_start, x_src, means, logweights, keep, temperature)
+        yield Part(region, space(block, steps[region.samples]), out[region.samples].unbind(1))
 
 
 def gm_integrate(
-    x_start: Tensor, x_src: Tensor, means: Tensor, logweights: Tensor, coefficients: Coefficients
+    x_start: Tensor,
+    x_src: Tensor,
+    means: Tensor,
+    logweights: Tensor,
+    coefficients: Coefficients,
+    *,
+    keep: Tensor | None = None,
+    temperature: float = 1.0,
+    target: Tensor | None = None,
 ) -> Tensor:
-    """o_s x_src + o_d delta + o_beta vbar + o_y y_N, shaped and laid out as x_start."""
-    result = torch.empty_like(x_start)
-    for region, space, out in spaces(x_start, x_src, means, logweights, coefficients):
-        o_s, o_d, o_beta, o_y = out.unbind(1)
-        y = space.forward()
-        value = o_s * space.block.x_src + o_d * space.block.delta + o_beta * space.vbar + o_y * y
-        target = region.of(result, 2)
-        target.copy_(value.reshape(target.shape))
-    return result
+    """o_s x_src + o_d delta + o_beta vbar + o_y y_N, laid out as x_start; its mean square error (B,) given a target.
+
+    keep: (B, K) bool, components that stay, at least one per sample. temperature: in (0, 1], divides the logweights.
+    """
+    result = torch.empty_like(x_start) if target is None else x_start.new_zeros(len(x_start))
+    for part in parts(x_start, x_src, means, logweights, coefficients, keep, temperature):
+        value = part.result(part.space.forward())
+        if target is None:
+            part.region.write(result, value, 2)
+        else:
+            error = value.sub_(flat(part.region.of(target, 2), 2, value.dtype))
+            result[part.region.samples] += error.square_().sum((1, 2))
+    return result if target is None else result / max(x_start[:1].numel(), 1)
 
 
 class Adjoints(NamedTuple):
@@ -292,10 +377,20 @@ class Adjoints(NamedTuple):
     means: Tensor
     logweights: Tensor
     coefficients: Coefficients
+    target: Tensor | None = None
 
 
 def gm_integrate_backward(
-    grad: Tensor, x_start: Tensor, x_src: Tensor, means: Tensor, logweights: Tensor, coefficients: Coefficients
+    grad: Tensor,
+    x_start: Tensor,
+    x_src: Tensor,
+    means: Tensor,
+    logweights: Tensor,
+    coefficients: Coefficients,
+    *,
+    keep: Tensor | None = None,
+    temperature: float = 1.0,
+    target: Tensor | None = None,
 ) -> Adjoints:
     """Adjoints of everything `gm_integrate` takes, given that of its result."""
     result = Adjoints(
@@ -303,22 +398,29 @@ def gm_integrate_backward(
         torch.empty_like(x_src),
         torch.empty_like(means),
         torch.empty_like(logweights),
-        Coefficients(torch.zeros_like(coefficients.steps), torch.zeros_like(coefficients.out)),
+        Coefficients(*(torch.zeros_like(part) for part in coefficients)),
+        None if target is None else torch.empty_like(target),
     )
-    for region, space, out in spaces(x_start, x_src, means, logweights, coefficients):
-        o_s, o_d, o_beta, o_y = out.unbind(1)
-        block = space.block
-        g = region.of(grad, 2).to(x_start.dtype)
-        g = g.reshape(*g.shape[:2], -1)
-        y, bar, steps_bar = space.backward(o_y * g)
-        means_bar = bar.means.add_((o_beta * g / block.means.shape[1])[:, None])
-        delta_bar = bar.delta + o_d * g
-        x_src_bar = bar.x_src + o_s * g - delta_bar
-        written = ((result.x_start, delta_bar, 2), (result.x_src, x_src_bar, 2), (result.means, means_bar, 3))
-        for target, value, leading in (*written, (result.logweights, bar.logweights, 3)):
-            part = region.of(target, leading)
-            part.copy_(value.reshape(part.shape))
-        states = (block.x_src, block.delta, space.vbar, y)
+    dtype = x_start.dtype
+    for part in parts(x_start, x_src, means, logweights, coefficients, keep, temperature):
+        region, space, block = part.region, part.space, part.space.block
+
+        y = space.forward(keep_history=True)
+        if target is None or result.target is None:
+            g = flat(region.of(grad, 2), 2, dtype)
+        else:
+            error = part.result(y).sub_(flat(region.of(target, 2), 2, dtype))
+            g = error.mul_((grad[region.samples] * (2 / x_start[:1].numel())).to(dtype)[:, None, None])
+            region.write(result.target, -g, 2)
+        _, o_d, o_beta, o_y, o_src = part.out
+        bar, steps_bar = space.backward(o_y * g)
+        region.write(result.x_start, bar.delta.addcmul(g, o_d), 2)
+        region.write(result.x_src, (bar.x_src - bar.delta).addcmul_(g, o_src), 2)
+        centre = bar.vbar.addcmul(g, o_beta).sub_(bar.vt.sum(1)).div_(means.shape[1])
+        written = region.of(result.means, 3)
+        torch.add(bar.vt.view(written.shape), centre.view(written[:, :1].squeeze(1).shape)[:, None], out=written)
+        region.write(result.logweights, bar.logweights / temperature, 3)
+        states = (block.x_src, block.delta, block.vbar, y)
         result.coefficients.steps[region.samples] += steps_bar
         result.coefficients.out[region.samples] += torch.stack([(g * state).sum((1, 2)) for state in states], dim=-1)
     return result

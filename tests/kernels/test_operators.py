@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
 import piflow_kernels as pk
@@ -292,20 +293,62 @@ def test_torch_compile_fullgraph(name: str) -> None:
 
 
 def test_opcheck() -> None:
-    from piflow_kernels.dx import op as dx
-    from piflow_kernels.gm import op as gm
+    from piflow_kernels.dx import autograd as dx
+    from piflow_kernels.gm import autograd as gm
 
     p = gm_problem(k=8, c=16, spatial=(4, 3), dtype=torch.float32)
-    levels, src, stds = p["sigmas"], p["sigma_src"], p["logstds"].double()
-    args = (p["x_start"], levels, None, p["x_src"], src, p["means"], stds, p["logweights"], 1e-6)
-    torch.library.opcheck(gm.gm_integrate, (*args, None, "torch", False))
-    torch.library.opcheck(gm.gm_integrate, (*args, 1e-4, "torch", False))
-    torch.library.opcheck(gm.gm_integrate_backward, (p["x_src"], *args, None, "torch"))
+    keep = torch.arange(16).reshape(2, 8) % 3 != 1
+    network = (p["x_src"], p["sigma_src"], p["means"], p["logstds"], p["logweights"])
+    for local, mask, target, min_delta in (
+        (None, None, None, None),
+        (torch.tensor([True, False]), keep, None, 1e-4),
+        (torch.tensor([True, False]), keep, p["x_src"] + 1, 1e-4),
+    ):
+        args = (p["x_start"], p["sigmas"], local, *network, mask, target, 0.5, 1e-6, min_delta, "torch")
+        torch.library.opcheck(gm.gm_integrate, (*args, False))
+        grad = p["x_src"] if target is None else torch.ones(2)
+        torch.library.opcheck(gm.gm_integrate_backward, (grad, *args))
     d = dx_problem(dtype=torch.float32)
-    size, shift = d["segment_size"].double(), torch.full((2,), 3.2).double()
-    dx_args = (d["x_start"], d["sigmas"], None, d["x_src"], d["sigma_src"], d["grid"], size, shift, "grid", 1e-4)
-    torch.library.opcheck(dx.dx_integrate, (*dx_args, None, "torch", False))
-    torch.library.opcheck(dx.dx_integrate_backward, (d["x_src"], *dx_args, 1e-4, "torch"))
+    network = (d["x_src"], d["sigma_src"], d["grid"], d["segment_size"], torch.full((2,), 3.2))
+    for target, min_delta in ((None, None), (None, 1e-4), (d["x_src"] + 1, 1e-4)):
+        args = (d["x_start"], d["sigmas"], None, *network, target, "grid", 1e-4, min_delta, "torch")
+        torch.library.opcheck(dx.dx_integrate, (*args, False))
+        torch.library.opcheck(dx.dx_integrate_backward, (d["x_src"] if target is None else torch.ones(2), *args))
+
+
+@pytest.mark.parametrize("name", ["gm_rollout", "dx_mean_velocity_loss"])
+def test_inductor_compiles_once_for_all_noise_levels_and_sizes(name: str) -> None:
+    """torch.compile with its default backend: value and gradient, dynamic shapes, no recompilation by noise level."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    make, leaf = (gm_problem, "means") if name.startswith("gm") else (dx_problem, "grid")
+
+    def run(problem: dict[str, Any], x: Tensor) -> Tensor:
+        return getattr(pk, name)(**{**problem, leaf: x}).sin()
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
+    compiled_once = None
+    for size, levels in ((5, 1.0), (5, 0.9), (5, 0.7), (8, 0.8)):
+        problem = make(spatial=(size, 3), dtype=torch.float32)
+        problem["sigmas"] = problem["sigmas"] * levels
+        if name.endswith("loss"):
+            problem["target"] = problem["x_src"] + 1
+        x = problem[leaf].clone().requires_grad_()
+        expected, actual = run(problem, x), compiled(problem, x)
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(value.sum(), x)[0] for value in (actual, expected)))
+        compiled_once = compiled_once or counter.frame_count
+        assert counter.frame_count == compiled_once
+
+
+def test_forward_mode_is_refused() -> None:
+    """Also without gradients, where a tangent would otherwise be dropped without a word."""
+    problem = gm_problem()
+    for grad_enabled in (True, False):
+        with torch.set_grad_enabled(grad_enabled), torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(problem["means"], torch.ones_like(problem["means"]))
+            with pytest.raises(RuntimeError, match="jvp"):
+                pk.gm_rollout(**{**problem, "means": dual})
 
 
 GM_ERRORS = [

@@ -5,14 +5,19 @@ Uninitialised memory is poisoned in the interpreting process.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import piflow_kernels as pk
-from piflow_kernels.launch import kernel_form
+from piflow_kernels.configs import LARGEST_WINDOW, gm_form
+from piflow_kernels.gm import launch as gm_launch
 from tests.kernels.interpreter import Interpreter
 from tests.kernels.problems import (
     DX_LEAVES,
@@ -62,20 +67,33 @@ def assert_as_good_as_the_textbook(
             assert norm(a.double() - e) <= max(2 * norm(t.double() - e), rounding * norm(e))
 
 
+# K, C, spatial axes, substeps, dtype of the network output
 GM_CASES = [
     (8, 16, (5, 3), 6, torch.bfloat16),
+    (8, 16, (5, 3), 1, torch.float32),
+    (8, 64, (3,), 2, torch.float16),
     (32, 4, (4, 4), 3, torch.float16),
     (3, 5, (7,), 2, torch.float32),
     (1, 1, (1,), 1, torch.float32),
     (1, 4, (3,), 4, torch.bfloat16),
-    (16, 16, (3, 3), 4, torch.bfloat16),
+    (16, 16, (13, 11), 4, torch.bfloat16),
+    (9, 5, (11,), 5, torch.float32),
     (64, 3, (2, 3, 4), 1, torch.float32),
     (5, 40, (4, 3), 2, torch.float32),
+    (12, 33, (3, 2), 6, torch.float32),
+    (64, 128, (5, 5), 2, torch.bfloat16),
 ]
 
 
-def test_the_cases_cover_every_form() -> None:
-    assert {kernel_form(k, c, n) for k, c, _, n, _ in GM_CASES} == {"gram", "channel", "streamed"}
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_cases_cover_every_form(direction: Any) -> None:
+    """Backward also short windows, whose states stay in registers, and longer ones."""
+    cases = {(gm_form(k, c, n, direction), min(n, LARGEST_WINDOW + 1)) for k, c, _, n, _ in GM_CASES}
+    if direction == "forward":
+        assert {form for form, _ in cases} == {"gram", "channel", "streamed"}
+    else:
+        assert {("gram", 1), ("gram", 2), ("gram", 5)} <= cases
+        assert {("streamed", n) for n in range(1, LARGEST_WINDOW + 2)} <= cases
 
 
 @pytest.mark.parametrize(("k", "c", "spatial", "n_steps", "dtype"), GM_CASES)
@@ -86,15 +104,56 @@ def test_gm_rollout(
     assert_as_good_as_the_textbook(interpreter, "gm_rollout", problem, GM_LEAVES, n_steps)
 
 
-@pytest.mark.parametrize("operator", ["gm_mean_velocity", "gm_mean_velocity_loss"])
-def test_gm_mean_velocity(interpreter: Interpreter, operator: str) -> None:
-    """With temperature, dropped components and a sample that asks for the local velocity."""
+@pytest.mark.parametrize(("k", "c", "spatial", "n_steps", "dtype"), GM_CASES)
+def test_gm_mean_velocity_loss(
+    interpreter: Interpreter, k: int, c: int, spatial: tuple[int, ...], n_steps: int, dtype: torch.dtype
+) -> None:
+    """With temperature, dropped components (of one sample all) and a sample that asks for the local velocity."""
+    problem = in_single(gm_problem(k=k, c=c, spatial=spatial, n_steps=n_steps), dtype)
+    problem["target"] = 0.5 * problem["x_start"].flip(0)
+    keep = torch.stack([torch.arange(k) % 3 != 1, torch.zeros(k, dtype=torch.bool)])
+    kwargs: dict[str, Any] = {"local": torch.tensor([False, True]), "temperature": 0.5, "keep": keep}
+    leaves = [*GM_LEAVES, "target"]
+    assert_as_good_as_the_textbook(interpreter, "gm_mean_velocity_loss", problem, leaves, n_steps, **kwargs)
+
+
+def test_gm_mean_velocity(interpreter: Interpreter) -> None:
     problem = in_single(gm_problem(k=4, c=5, spatial=(5, 3)))
-    keep = torch.tensor([[True, False, True, True], [False] * 4])
-    kwargs: dict[str, Any] = {"local": torch.tensor([True, False]), "temperature": 0.5, "keep": keep}
-    if operator.endswith("loss"):
-        kwargs["target"] = torch.ones(2, 5, 5, 3)
-    assert_as_good_as_the_textbook(interpreter, operator, problem, GM_LEAVES, 6, **kwargs)
+    kwargs: dict[str, Any] = {"local": torch.tensor([True, False]), "temperature": 0.5}
+    assert_as_good_as_the_textbook(interpreter, "gm_mean_velocity", problem, GM_LEAVES, 6, **kwargs)
+
+
+def test_more_substeps_than_one_scan_of_coefficients_takes(interpreter: Interpreter) -> None:
+    """Of the policies; and samples of one batch with different numbers of substeps."""
+    n_steps = 2 * gm_launch.COEFFICIENT_CHUNK + 5
+    problem = in_single(gm_problem(k=2, c=2, spatial=(2,), n_steps=n_steps))
+    problem["sigmas"][1, n_steps // 3 :] = problem["sigmas"][1, n_steps // 3]
+    assert_as_good_as_the_textbook(interpreter, "gm_rollout", problem, GM_LEAVES, n_steps)
+    grid = in_single(dx_problem(c=2, spatial=(2,), n_steps=n_steps))
+    for mode in ("grid", "polynomial"):
+        assert_as_good_as_the_textbook(interpreter, "dx_rollout", grid, DX_LEAVES, n_steps, mode=mode)
+
+
+def test_a_single_level_is_a_rollout_of_no_substeps(interpreter: Interpreter) -> None:
+    for operator, problem, leaves in (
+        ("gm_rollout", in_single(gm_problem()), GM_LEAVES),
+        ("dx_rollout", in_single(dx_problem()), DX_LEAVES),
+    ):
+        problem["sigmas"] = problem["sigmas"][:, :1]
+        value, start_bar, *_ = interpreter(operator, problem, leaves)
+        torch.testing.assert_close(value, problem["x_start"], rtol=0, atol=1e-6)
+        assert start_bar.isfinite().all()
+
+
+def test_memory_of_the_backward_pass() -> None:
+    """Windows of up to four substeps take at most a quarter of the inputs besides the gradients, in bfloat16."""
+    shapes = [(k, c) for k in (1, 2, 3, 8, 9, 16, 32, 64) for c in (1, 4, 16, 17, 64, 128)]
+    for k, c in shapes:
+        inputs = 2 * k * c + 2 * k + 2 * 4 * c
+        for n_steps in range(1, 5):
+            kept = 4 * gm_launch.history_values(gm_form(k, c, n_steps, "backward"), k, c, n_steps)
+            assert kept <= inputs / 4, (k, c, n_steps)
+    assert gm_launch.history_values("gram", 8, 16, 128) == 8 * 126
 
 
 @pytest.mark.parametrize("sigma", [0.3, 0.99])
@@ -154,3 +213,44 @@ def test_results_repeat_to_the_bit(interpreter: Interpreter) -> None:
     problem = in_single(gm_problem(k=8, c=16, spatial=(70, 61), n_steps=2))
     first, second = (interpreter("gm_rollout", problem, GM_LEAVES) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+LARGE = """
+import torch
+import piflow_kernels as pk
+
+far, pixels = 2**31 + 8, 5  # the second component lies there; the memory between is never touched
+store = torch.empty(far + pixels, dtype=torch.bfloat16)
+network = store.as_strided((1, 2, 1, 1, pixels), (store.numel(), far, pixels, pixels, 1))
+network.copy_(torch.randn(network.shape))
+x, weights = torch.randn(1, 1, 1, pixels), torch.randn(1, 2, 1, 1, pixels)
+levels = torch.tensor([0.9, 0.5, 0.2])
+for backend in ("torch", "triton"):
+    for run in (
+        lambda v, b: pk.gm_rollout(x, levels, x, 1.0, v, -1.0, weights, backend=b),
+        lambda v, b: pk.dx_rollout(x, levels, x, 1.0, v, 0.5, 3.0, backend=b),
+    ):
+        torch.testing.assert_close(run(network, backend), run(network.contiguous(), "reference"))
+"""
+
+
+def test_offsets_beyond_32_bits() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    root = Path(pk.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", LARGE], env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_layouts_that_no_three_axes_describe(interpreter: Interpreter) -> None:
+    """Axes in an order that cannot be merged are copied, and results take the layout of x_start all the same."""
+    axes = (0, 3, 1, 4, 2)
+    problem = in_single(gm_problem(k=2, c=3, spatial=(2, 4, 5)))
+    for name in ("x_start", "x_src"):
+        problem[name] = problem[name].permute(axes).contiguous().permute(*(axes.index(i) for i in range(5)))
+    assert_as_good_as_the_textbook(interpreter, "gm_rollout", problem, GM_LEAVES, 6)
+    grid = in_single(dx_problem(spatial=(2, 4, 5)))
+    for name in ("x_start", "x_src"):
+        grid[name] = problem[name].clone(memory_format=torch.preserve_format)
+    for operator in ("dx_rollout", "dx_mean_velocity_loss"):
+        extra = {"target": grid["x_src"] + 1} if operator.endswith("loss") else {}
+        assert_as_good_as_the_textbook(interpreter, operator, {**grid, **extra}, [*DX_LEAVES, *extra], 6)
