@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check test-long bench lint clean
+.PHONY: help setup demo test check test-long bench gpu lint clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -41,6 +41,9 @@ test-long: lint ## also the long trials
 bench: setup ## CPU benchmarks against their peers; run on a quiet machine
 	@mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/cpu.json
+
+gpu: setup ## on a machine with a GPU: correctness, benchmarks, launch table, into benchmarks/results/<gpu>
+	$(BIN)/python -m benchmarks.gpu
 
 clean: ## remove build products and caches; outputs and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -8,6 +8,7 @@ medians. Each benchmark checks the result against float64. No speed is asserted:
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import statistics
 from collections.abc import Callable
@@ -16,10 +17,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.shapes import GM_SHAPES
 from benchmarks.timing import interleaved, keep_freed_memory, milliseconds
 from piflow.noise_schedule import NoiseSchedule
 from piflow.schedulers import FusedPiflowScheduler
-from piflow_kernels import dx_rollout, gm_rollout
+from piflow_kernels import dx_rollout, gm_mean_velocity, gm_mean_velocity_loss, gm_rollout
 
 keep_freed_memory()
 
@@ -49,24 +51,46 @@ def compare(
         benchmark.pedantic(ours, rounds=10, warmup_rounds=2)
 
 
-GM_SHAPES = {
-    "qwen-image-1024": ((1, 8, 16, 128, 128), 37, 3.2),
-    "imagenet-256-batch-16": ((16, 32, 4, 32, 32), 128, 1.0),
-}
+NAMES = ["qwen-image-1024", "imagenet-256-batch-16"]
+LEAVES = ["x_start", "x_src", "means", "logstds", "logweights"]
 
 
-@pytest.mark.parametrize("name", GM_SHAPES)
+def in_double(problem: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in problem.items()}
+
+
+@pytest.mark.parametrize("backend", ["torch", "inductor"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.benchmark(group="gm_rollout against the textbook formula")
-def test_gm_rollout(benchmark: Any, name: str) -> None:
-    (b, k, c, h, w), n_steps, shift = GM_SHAPES[name]
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(b, c, h, w, generator=g)
-    means = torch.randn(b, k, c, h, w, generator=g)
-    logweights = torch.randn(b, k, 1, h, w, generator=g).log_softmax(1)
-    raw_t = torch.linspace(1, 1 - n_steps / 128, n_steps + 1)
-    args = (x, NoiseSchedule(shift).sigma(raw_t), x, 1.0, means, torch.full((b,), -2.0), logweights)
-    exact = gm_rollout(x.double(), *args[1:], backend="reference")
-    compare(benchmark, lambda: gm_rollout(*args), lambda: gm_rollout(*args, backend="reference"), exact)
+def test_gm_rollout(benchmark: Any, name: str, backend: Any) -> None:
+    problem: dict[str, Any] = dict(GM_SHAPES[name].problem(torch.float32))
+    exact = gm_rollout(**in_double(problem), backend="reference")
+    compare(
+        benchmark,
+        lambda: gm_rollout(**problem, backend=backend),
+        lambda: gm_rollout(**problem, backend="reference"),
+        exact,
+    )
+
+
+@pytest.mark.parametrize("operator", [gm_rollout, gm_mean_velocity, gm_mean_velocity_loss])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.benchmark(group="a window of 3 substeps forward and backward against autograd of the textbook formula")
+def test_gm_window_with_gradients(benchmark: Any, name: str, operator: Any) -> None:
+    """Gradients of all five inputs; the result that is checked is theirs, one after the other."""
+    problem: dict[str, Any] = dict(dataclasses.replace(GM_SHAPES[name], n_steps=3).problem(torch.float32))
+    if operator is gm_mean_velocity_loss:
+        problem["target"] = 0.5 * problem["x_src"].flip(-1)
+
+    def gradients(problem: dict[str, Any], backend: Any) -> torch.Tensor:
+        leaves = {leaf: problem[leaf].clone().requires_grad_() for leaf in LEAVES}
+        with torch.enable_grad():
+            result = operator(**{**problem, **leaves}, backend=backend)
+            found = torch.autograd.grad(result.sum(), list(leaves.values()))
+        return torch.cat([each.flatten() for each in found])
+
+    exact = gradients(in_double(problem), "reference")
+    compare(benchmark, lambda: gradients(problem, None), lambda: gradients(problem, "reference"), exact)
 
 
 @pytest.mark.parametrize("client", ["operator", "scheduler"])

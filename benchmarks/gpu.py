@@ -1,0 +1,349 @@
+"""Everything that wants a GPU, in one command: correctness first, then benchmarks, then the launch table.
+
+    python -m benchmarks.gpu [--out benchmarks/results] [--only correctness benchmarks overhead table]
+
+Stores correctness.json, benchmarks.json, overhead.json and launch_table.json under OUT/<name of the GPU>/, each with
+versions, driver and clocks. Correctness that fails ends the run before anything is timed, and a speed-up is never
+printed for a result that is wrong. With TRITON_INTERPRET=1 and --device cpu, correctness runs on the interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.testing import do_bench
+
+import piflow_kernels as pk
+from benchmarks.launch_table import search
+from benchmarks.shapes import DX_SHAPES, GM_SHAPES, DXShape, GMShape, Work, dx_work, gm_work
+from tests.kernels.problems import DX_LEAVES, GM_LEAVES, dx_problem, gm_problem, values_and_gradients
+
+QUANTILES = (0.2, 0.5, 0.8)
+ROUNDS = 3
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to place a figure."""
+    facts = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    if not torch.cuda.is_available():
+        return facts | {"gpu": "none"}
+    query = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", str(torch.cuda.current_device())]
+    try:
+        values = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split(", ")
+    except (OSError, subprocess.CalledProcessError):
+        values = [torch.cuda.get_device_name()]
+    return (
+        facts | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} | dict(zip(query.split(","), values))
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Correctness
+
+
+def on(device: str, problem: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """States and levels in float32, network outputs in `dtype`."""
+    network = ("means", "logweights", "grid")
+    return {
+        name: value.to(device, dtype if name in network else torch.float32) if isinstance(value, Tensor) else value
+        for name, value in problem.items()
+    }
+
+
+def in_double(problem: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.double() if isinstance(value, Tensor) else value for name, value in problem.items()}
+
+
+def gm_cases(device: str) -> Iterator[tuple[str, str, dict[str, Any], list[str], int, dict[str, Any]]]:
+    shapes = [
+        (8, 16, (37, 61), 37), (8, 16, (37, 61), 3), (32, 4, (33, 31), 128), (32, 4, (33, 31), 3), (16, 16, (17, 9), 4),
+        (8, 64, (9, 31), 5), (8, 128, (9, 31), 3), (64, 128, (5, 7), 3), (12, 33, (5, 7, 3), 6), (5, 3, (77,), 2),
+        (1, 16, (50,), 4), (3, 1, (1,), 1),
+    ]  # fmt: skip
+    for k, c, spatial, n_steps in shapes:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            problem = on(device, gm_problem(k=k, c=c, spatial=spatial, n_steps=n_steps), dtype)
+            name = f"K={k} C={c} S={spatial} N={n_steps} {str(dtype).removeprefix('torch.')}"
+            yield name, "gm_rollout", problem, GM_LEAVES, n_steps, {}
+            problem = problem | {"target": 0.5 * problem["x_src"].flip(0)}
+            keep = (torch.arange(2 * k, device=device) % 3 != 1).reshape(2, k)
+            options = {"local": torch.tensor([True, False], device=device), "temperature": 0.5, "keep": keep}
+            yield name, "gm_mean_velocity_loss", problem, [*GM_LEAVES, "target"], n_steps, options
+
+
+def dx_cases(device: str) -> Iterator[tuple[str, str, dict[str, Any], list[str], int, dict[str, Any]]]:
+    for mode in ("grid", "polynomial"):
+        for dtype in (torch.float32, torch.bfloat16):
+            problem = on(device, dx_problem(n_grid=10, c=16, spatial=(3, 31, 17), n_steps=13), dtype)
+            name = f"N=10 {mode} {str(dtype).removeprefix('torch.')}"
+            yield name, "dx_rollout", problem, DX_LEAVES, 13, {"mode": mode}
+            problem = problem | {"target": 0.5 * problem["x_src"]}
+            yield name, "dx_mean_velocity_loss", problem, [*DX_LEAVES, "target"], 13, {"mode": mode}
+
+
+def compare(
+    operator: str, problem: dict[str, Any], leaves: list[str], n_steps: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Errors of value and gradients relative to float64 and to the float32 textbook's; whether they are within bounds.
+
+    At most max(2 x the textbook's error, 4e-7 sqrt(N)) in maximum and RMS, gradients 5e-6 sqrt(N) or their dtype's ulp.
+    """
+    run = getattr(pk, operator)
+    actual = values_and_gradients(run, problem, leaves, backend="triton", **options)
+    again = values_and_gradients(run, problem, leaves, backend="triton", **options)
+    exact = values_and_gradients(run, in_double(problem), leaves, backend="reference", **options)
+    textbook = values_and_gradients(run, problem, leaves, backend="reference", **options)
+    errors, good = {}, all(torch.equal(a, b) for a, b in zip(actual, again))
+    for i, (name, a, e, t) in enumerate(zip(["value", *leaves], actual, exact, textbook)):
+        rounding = (4e-7 if i == 0 else max(torch.finfo(a.dtype).eps, 5e-6)) * max(n_steps, 1) ** 0.5
+        norms: dict[str, Callable[[Tensor], Tensor]] = {
+            "max": lambda x: x.abs().max(),
+            "rms": lambda x: x.square().mean().sqrt(),
+        }
+        for norm, of in norms.items():
+            scale = of(e).item() or 1.0
+            ours, theirs = of(a.double() - e).item() / scale, of(t.double() - e).item() / scale
+            errors[f"{name} {norm}"] = [ours, theirs]
+            good &= ours <= max(2 * theirs, rounding)
+    return {"passed": bool(good), "errors": errors}
+
+
+def graph_capture(device: str) -> bool:
+    """A captured rollout follows its inputs when it is replayed."""
+    problem = on(device, gm_problem(k=8, c=16, spatial=(16, 16)), torch.bfloat16)
+    pk.gm_rollout(**problem, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = pk.gm_rollout(**problem, backend="triton")
+    problem["means"].mul_(0.5)
+    problem["sigmas"].mul_(0.9)
+    graph.replay()
+    return torch.equal(result, pk.gm_rollout(**problem, backend="triton"))
+
+
+def full_graph_compile(device: str) -> bool:
+    """torch.compile(fullgraph=True), value and gradient, over two noise levels and two sizes."""
+    compiled = torch.compile(lambda problem: pk.gm_rollout(**problem, backend="triton") * 2, fullgraph=True)
+    good = True
+    for size in (12, 20):
+        problem = on(device, gm_problem(k=8, c=16, spatial=(size, 9)), torch.float32)
+        for scale in (1.0, 0.9):
+            problem["sigmas"] = problem["sigmas"] * scale
+            means = problem["means"].clone().requires_grad_()
+            expected = pk.gm_rollout(**{**problem, "means": means}, backend="triton") * 2
+            actual = compiled({**problem, "means": means})
+            pairs = [(actual, expected)]
+            pairs.append(tuple(torch.autograd.grad(x.sum(), means)[0] for x in (actual, expected)))
+            good &= all(torch.allclose(a, b, rtol=1e-6, atol=1e-6) for a, b in pairs)
+    return good
+
+
+def large_tensors(device: str) -> bool:
+    """Offsets beyond 2^31 elements, forward and backward."""
+    far, pixels = 2**31 + 8, 1000
+    store = torch.empty(far + pixels, dtype=torch.bfloat16, device=device)
+    means = store.as_strided((1, 2, 1, 1, pixels), (store.numel(), far, pixels, pixels, 1))
+    means.copy_(torch.randn(means.shape))
+    x, weights = torch.randn(1, 1, 1, pixels, device=device), torch.randn(1, 2, 1, 1, pixels, device=device)
+    levels = torch.tensor([0.9, 0.5, 0.2], device=device)
+    results = [
+        values_and_gradients(
+            lambda x_start, backend, m=m: pk.gm_rollout(x_start, levels, x, 1.0, m, -1.0, weights, backend=backend),
+            {"x_start": x}, ["x_start"], backend="triton",
+        )
+        for m in (means, means.contiguous())
+    ]  # fmt: skip
+    return all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def other_device(device: str) -> bool:
+    """Tensors on the last GPU while another is current."""
+    last = f"cuda:{torch.cuda.device_count() - 1}"
+    problem = gm_problem(k=8, c=16, spatial=(8, 8))
+    here, there = (pk.gm_rollout(**on(d, problem, torch.float32), backend="triton").cpu() for d in (device, last))
+    return torch.equal(here, there)
+
+
+def correctness(device: str) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    fusions = (True, False) if device == "cuda" else (True,)
+    for fusion in fusions:
+        triton.knobs.language.default_fp_fusion = fusion
+        for name, operator, problem, leaves, n_steps, options in (*gm_cases(device), *dx_cases(device)):
+            key = f"{operator} {name}" + ("" if fusion else " without fp fusion")
+            report[key] = compare(operator, problem, leaves, n_steps, options)
+            print("ok  " if report[key]["passed"] else "FAIL", key, flush=True)
+    triton.knobs.language.default_fp_fusion = True
+    if device == "cuda":
+        for check in (graph_capture, full_graph_compile, large_tensors, other_device):
+            report[check.__name__] = {"passed": check(device)}
+            print("ok  " if report[check.__name__]["passed"] else "FAIL", check.__name__, flush=True)
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmarks
+
+
+def rates() -> dict[str, float]:
+    """Bytes a second as a copy moves them, multiply-adds and exponentials a second at the highest clock."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copied = 2 * source.numel() / (do_bench(lambda: target.copy_(source), return_mode="median") * 1e-3)
+    clock = float(re.sub(r"[^\d.]", "", machine().get("clocks.max.sm", "")) or 0) * 1e6
+    sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    return {"bytes": copied, "multiply_adds": sms * 128 * clock, "exponentials": sms * 16 * clock}
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def differentiated(run: Callable[..., Tensor], problem: dict[str, Any], leaves: list[str]) -> Callable[[], Any]:
+    problem = {n: v.detach().clone().requires_grad_() if n in leaves else v for n, v in problem.items()}
+    cotangent = torch.randn_like(problem["x_start"])
+    return lambda: torch.autograd.grad(run(**problem), [problem[name] for name in leaves], cotangent)
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """Allocated beyond what was there before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure(candidates: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+    """Milliseconds (20th, 50th, 80th percentile; caches flushed before each call), in turns, and peak memory."""
+    rounds: dict[str, list[list[float]]] = {name: [] for name in candidates}
+    for _ in range(ROUNDS):
+        for name, call in candidates.items():
+            rounds[name].append(do_bench(call, quantiles=list(QUANTILES)))
+    medians = {name: [sorted(values)[ROUNDS // 2] for values in zip(*rounds[name])] for name in candidates}
+    return {name: {"ms": medians[name], "peak_bytes": peak_bytes(call)} for name, call in candidates.items()}
+
+
+def benchmark(
+    name: str,
+    operator: Callable[..., Tensor],
+    problem: dict[str, Any],
+    leaves: list[str],
+    work: Work,
+    rate: dict[str, float],
+) -> dict[str, Any]:
+    reference = lambda **arguments: operator(**arguments, backend="reference")  # noqa: E731
+    ours = lambda **arguments: operator(**arguments, backend="triton")  # noqa: E731
+    compiled = torch.compile(reference)
+    exact = operator(**in_double(problem), backend="reference")
+    runs = {"reference": reference, "torch.compile": compiled, "ours": ours}
+    errors = {key: ((run(**problem) - exact).abs().max() / exact.abs().max()).item() for key, run in runs.items()}
+    forward: dict[str, Callable[[], Any]] = {key: functools.partial(run, **problem) for key, run in runs.items()}
+    forward |= {"reference, CUDA graph": captured(forward["reference"]), "ours, CUDA graph": captured(forward["ours"])}
+    with torch.no_grad():
+        result: dict[str, Any] = {"errors": errors, "forward": measure(forward)}
+    both = {key: differentiated(runs[key], problem, leaves) for key in ("reference", "ours")}
+    try:
+        result["forward and backward"] = measure(both)
+    except torch.cuda.OutOfMemoryError:  # the textbook keeps every substep's intermediates
+        result["forward and backward"] = measure({"ours": both["ours"]})
+    floor = work.floor_seconds(
+        rate["bytes"], rate["multiply_adds"] or float("inf"), rate["exponentials"] or float("inf")
+    )
+    median = result["forward"]["ours, CUDA graph"]["ms"][1]
+    result |= {"floor_ms": floor * 1e3, "multiple_of_floor": median / (floor * 1e3), "work": vars(work)}
+    if errors["ours"] <= max(1e-5, 2 * errors["reference"]):
+        result["speedup"] = {
+            key: timing["ms"][1] / median for key, timing in result["forward"].items() if not key.startswith("ours")
+        }
+    print(name, f"{median * 1e3:.1f} us, {result['multiple_of_floor']:.2f} x its floor", result.get("speedup", "WRONG"))
+    return result
+
+
+def benchmarks() -> dict[str, Any]:
+    rate = rates()
+    report: dict[str, Any] = {"rates": rate}
+    shapes: dict[str, GMShape | DXShape] = {**GM_SHAPES, **DX_SHAPES}
+    for name, shape in shapes.items():
+        dtype = torch.bfloat16
+        problem: dict[str, Any] = dict(shape.problem(dtype, "cuda"))
+        operator: Callable[..., Tensor]
+        if isinstance(shape, GMShape):
+            leaves, work, operator = ["x_start", "means", "logweights"], gm_work(shape, dtype), pk.gm_rollout
+        else:
+            leaves, work, operator = ["x_start", "grid"], dx_work(shape, dtype), pk.dx_rollout
+        report[name] = benchmark(name, operator, problem, leaves, work, rate)
+        torch.cuda.empty_cache()
+    return report
+
+
+def overhead() -> dict[str, Any]:
+    """Microseconds that the host spends on one call: many calls of a tiny problem, queued without waiting."""
+    problem = on("cuda", gm_problem(batch=1, k=8, c=16, spatial=(4, 4), n_steps=4), torch.bfloat16)
+    calls = 2000
+    with torch.no_grad():
+        for _ in range(50):
+            pk.gm_rollout(**problem)
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            pk.gm_rollout(**problem)
+        spent = time.perf_counter() - begin
+        torch.cuda.synchronize()
+    print(f"gm_rollout: {spent / calls * 1e6:.1f} us of the host a call")
+    return {"gm_rollout_us": spent / calls * 1e6}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parts = ("correctness", "benchmarks", "overhead", "table")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help="parts to run")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: correctness, interpreted")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU is to be seen; TRITON_INTERPRET=1 with --device cpu --only correctness runs without one")
+    if options.device == "cpu" and options.only != ["correctness"]:
+        parser.error("--device cpu runs nothing but --only correctness")
+    facts = machine()
+    folder = options.out / re.sub(r"[^a-z0-9]+", "-", facts["gpu"].lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def store(name: str, result: dict[str, Any]) -> None:
+        (folder / f"{name}.json").write_text(json.dumps({"machine": facts, name: result}, indent=1) + "\n")
+
+    if "correctness" in options.only:
+        report = correctness(options.device)
+        store("correctness", report)
+        failing = [name for name, result in report.items() if not result["passed"]]
+        if failing:
+            print(f"{len(failing)} of {len(report)} checks failed; nothing is timed:", *failing, sep="\n")
+            return 1
+    for name, part in (("benchmarks", benchmarks), ("overhead", overhead), ("table", search)):
+        if name in options.only:
+            store("launch_table" if name == "table" else name, part())
+    print(f"results are in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
