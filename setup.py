@@ -29,6 +29,7 @@ DEVELOPMENT = [
     "ruff>=0.17",
     "mypy>=2",
     "types-PyYAML",
+    "kernels>=0.17,<0.18",
 ]
 
 setup(
@@ -43,7 +44,7 @@ setup(
     packages=find_packages(include=["piflow", "piflow.*", "piflow_kernels", "piflow_kernels.*"]),
     package_data={
         "piflow": ["py.typed", "digits/weights/*/*.safetensors", "digits/weights/*/*.json"],
-        "piflow_kernels": ["py.typed"],
+        "piflow_kernels": ["py.typed", "metadata.json"],
     },
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
