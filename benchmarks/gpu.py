@@ -1,16 +1,18 @@
 """Everything that wants a GPU, in one command: correctness first, then benchmarks, then the launch table.
 
-    python -m benchmarks.gpu [--out benchmarks/results] [--only correctness benchmarks overhead table]
+    python -m benchmarks.gpu [--out DIR] [--only correctness benchmarks overhead table] [--shapes NAME ...] [--force]
 
 Stores correctness.json, benchmarks.json, overhead.json and launch_table.json under OUT/<name of the GPU>/, each with
-versions, driver and clocks. Correctness that fails ends the run before anything is timed, and a speed-up is never
-printed for a result that is wrong. With TRITON_INTERPRET=1 and --device cpu, correctness runs on the interpreter.
+versions, driver and clocks; benchmarks after each shape. Correctness that fails ends the run before anything is timed,
+and a speed-up is never printed for a result that is wrong. TRITON_DEFAULT_FP_FUSION=0 checks the other setting of
+floating-point fusion. With TRITON_INTERPRET=1 and --device cpu, correctness runs on the interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import json
 import platform
 import re
@@ -38,6 +40,7 @@ ROUNDS = 3
 def machine() -> dict[str, Any]:
     """What a reader needs to place a figure."""
     facts = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    facts |= {"fp_fusion": triton.knobs.language.default_fp_fusion}
     if not torch.cuda.is_available():
         return facts | {"gpu": "none"}
     query = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
@@ -180,14 +183,10 @@ def other_device(device: str) -> bool:
 
 def correctness(device: str) -> dict[str, Any]:
     report: dict[str, Any] = {}
-    fusions = (True, False) if device == "cuda" else (True,)
-    for fusion in fusions:
-        triton.knobs.language.default_fp_fusion = fusion
-        for name, operator, problem, leaves, n_steps, options in (*gm_cases(device), *dx_cases(device)):
-            key = f"{operator} {name}" + ("" if fusion else " without fp fusion")
-            report[key] = compare(operator, problem, leaves, n_steps, options)
-            print("ok  " if report[key]["passed"] else "FAIL", key, flush=True)
-    triton.knobs.language.default_fp_fusion = True
+    for name, operator, problem, leaves, n_steps, options in (*gm_cases(device), *dx_cases(device)):
+        key = f"{operator} {name}"
+        report[key] = compare(operator, problem, leaves, n_steps, options)
+        print("ok  " if report[key]["passed"] else "FAIL", key, flush=True)
     if device == "cuda":
         for check in (graph_capture, full_graph_compile, large_tensors, other_device):
             report[check.__name__] = {"passed": check(device)}
@@ -243,6 +242,26 @@ def measure(candidates: dict[str, Callable[[], Any]]) -> dict[str, Any]:
     return {name: {"ms": medians[name], "peak_bytes": peak_bytes(call)} for name, call in candidates.items()}
 
 
+MOST_COMPILED = 40
+"""Substeps up to which torch.compile is measured: it unrolls the loop, and compiling 128 of them takes many minutes."""
+
+
+def compiled_reference(operator: Callable[..., Tensor], problem: dict[str, Any]) -> Callable[..., Tensor] | None:
+    """torch.compile of the textbook's loop for this very shape, compiled; None where that would take too long."""
+    if problem["sigmas"].shape[-1] - 1 > MOST_COMPILED:
+        return None
+
+    def reference(**arguments: Any) -> Tensor:
+        return operator(**arguments, backend="reference")
+
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(reference, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        compiled(**problem)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    return compiled
+
+
 def benchmark(
     name: str,
     operator: Callable[..., Tensor],
@@ -251,21 +270,31 @@ def benchmark(
     work: Work,
     rate: dict[str, float],
 ) -> dict[str, Any]:
-    reference = lambda **arguments: operator(**arguments, backend="reference")  # noqa: E731
-    ours = lambda **arguments: operator(**arguments, backend="triton")  # noqa: E731
-    compiled = torch.compile(reference)
+    runs: dict[str, Callable[..., Tensor]] = {
+        "reference": functools.partial(operator, backend="reference"),
+        "ours": functools.partial(operator, backend="triton"),
+    }
+    torch._dynamo.reset()
     exact = operator(**in_double(problem), backend="reference")
-    runs = {"reference": reference, "torch.compile": compiled, "ours": ours}
-    errors = {key: ((run(**problem) - exact).abs().max() / exact.abs().max()).item() for key, run in runs.items()}
+    compiled = compiled_reference(operator, problem)
+    if compiled is not None:
+        runs["torch.compile"] = compiled
+    with torch.no_grad():
+        errors = {key: ((run(**problem) - exact).abs().max() / exact.abs().max()).item() for key, run in runs.items()}
     forward: dict[str, Callable[[], Any]] = {key: functools.partial(run, **problem) for key, run in runs.items()}
     forward |= {"reference, CUDA graph": captured(forward["reference"]), "ours, CUDA graph": captured(forward["ours"])}
     with torch.no_grad():
         result: dict[str, Any] = {"errors": errors, "forward": measure(forward)}
     both = {key: differentiated(runs[key], problem, leaves) for key in ("reference", "ours")}
+    del forward  # and the memory of the captured graphs
     try:
         result["forward and backward"] = measure(both)
     except torch.cuda.OutOfMemoryError:  # the textbook keeps every substep's intermediates
-        result["forward and backward"] = measure({"ours": both["ours"]})
+        del both["reference"]
+    if "reference" not in both:  # outside of the exception, whose traceback holds those
+        gc.collect()
+        torch.cuda.empty_cache()
+        result["forward and backward"] = measure(both)
     floor = work.floor_seconds(
         rate["bytes"], rate["multiply_adds"] or float("inf"), rate["exponentials"] or float("inf")
     )
@@ -279,11 +308,15 @@ def benchmark(
     return result
 
 
-def benchmarks() -> dict[str, Any]:
+SHAPES: dict[str, GMShape | DXShape] = {**GM_SHAPES, **DX_SHAPES}
+
+
+def benchmarks(names: Sequence[str], store: Callable[[dict[str, Any]], None]) -> None:
+    """Of the shapes of these names; what is measured is stored after each."""
     rate = rates()
     report: dict[str, Any] = {"rates": rate}
-    shapes: dict[str, GMShape | DXShape] = {**GM_SHAPES, **DX_SHAPES}
-    for name, shape in shapes.items():
+    for name in names:
+        shape = SHAPES[name]
         dtype = torch.bfloat16
         problem: dict[str, Any] = dict(shape.problem(dtype, "cuda"))
         operator: Callable[..., Tensor]
@@ -292,8 +325,8 @@ def benchmarks() -> dict[str, Any]:
         else:
             leaves, work, operator = ["x_start", "grid"], dx_work(shape, dtype), pk.dx_rollout
         report[name] = benchmark(name, operator, problem, leaves, work, rate)
+        store(report)
         torch.cuda.empty_cache()
-    return report
 
 
 def overhead() -> dict[str, Any]:
@@ -318,6 +351,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help="parts to run")
+    parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=list(SHAPES), help="to benchmark")
+    parser.add_argument("--force", action="store_true", help="go on where a check of correctness has failed")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: correctness, interpreted")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -333,14 +368,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if "correctness" in options.only:
         report = correctness(options.device)
-        store("correctness", report)
+        fused = triton.knobs.language.default_fp_fusion
+        store("correctness" if fused else "correctness-without-fp-fusion", report)
         failing = [name for name, result in report.items() if not result["passed"]]
         if failing:
-            print(f"{len(failing)} of {len(report)} checks failed; nothing is timed:", *failing, sep="\n")
-            return 1
-    for name, part in (("benchmarks", benchmarks), ("overhead", overhead), ("table", search)):
-        if name in options.only:
-            store("launch_table" if name == "table" else name, part())
+            print(f"{len(failing)} of {len(report)} checks failed:", *failing, sep="\n")
+            if not options.force:
+                return 1
+    if "benchmarks" in options.only:
+        benchmarks(options.shapes, functools.partial(store, "benchmarks"))
+    if "overhead" in options.only:
+        store("overhead", overhead())
+    if "table" in options.only:
+        store("launch_table", search())
     print(f"results are in {folder}")
     return 0
 

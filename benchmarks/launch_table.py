@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -52,6 +51,7 @@ def call_of(shape: GMShape | DXShape, backward: bool) -> Callable[[], Any]:
 
 def search() -> dict[str, Any]:
     """Median milliseconds of every candidate, and the family's constants with the best of each."""
+    from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
     name = family_of(torch.device("cuda", torch.cuda.current_device()))
@@ -64,9 +64,8 @@ def search() -> dict[str, Any]:
             FAMILIES[name] = dataclasses.replace(best, **{constant: value})
             try:
                 timings[constant][value] = do_bench(call, return_mode="median")
-            except Exception as error:  # a candidate that this GPU cannot launch is out, whatever the reason
+            except OutOfResources as error:  # a candidate that this GPU cannot launch
                 print(f"{constant}={value}: {error}")
-                timings[constant][value] = math.inf
         best = dataclasses.replace(best, **{constant: min(timings[constant], key=timings[constant].__getitem__)})
         FAMILIES[name] = best
         print(constant, timings[constant])

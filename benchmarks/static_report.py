@@ -87,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failing += [f"{name_of(entries[-1])}: {failure}" for failure in entries[-1]["failures"]]
         print(line([shown(entries[-1][key]) for key in COLUMNS]), flush=True)
     if options.json is not None:
-        options.json.write_text(json.dumps({"kernels": entries}, indent=1) + "\n")
+        lines = ",\n".join(json.dumps(entry) for entry in entries)  # a kernel to a line, so that changes can be read
+        options.json.write_text(f'{{"kernels": [\n{lines}\n]}}\n')
     print(f"{len(entries)} kernels in {time.perf_counter() - begin:.0f} s, {len(failing)} failures", *failing, sep="\n")
     return 1 if failing else 0
 

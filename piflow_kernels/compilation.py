@@ -63,8 +63,9 @@ def warmup(
         dtype: of the network output. device, layout, backend: as in the later calls.
         backward: also compile the backward pass.
 
-    The Triton kernels depend on K, C, the dtype and the alignment of strides, and forward on the count of substeps only
-    where that changes the cheaper form (`piflow_kernels.configs`), so one call serves many sizes.
+    The Triton kernels depend on K, C, dtypes and the alignment of strides, and on the count of substeps only where that
+    changes the form (`piflow_kernels.configs`) or the length of a short window, so one call serves many sizes. `keep`,
+    `local` and scalars in another dtype than float32 change the small kernel that makes the coefficients, no other.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -98,4 +99,4 @@ def warmup(
     with torch.set_grad_enabled(backward):
         result = OPERATORS[operator](*arguments, layout=layout, backend=backend)
     if backward:
-        result.sum().backward()
+        result.backward(torch.ones_like(result))

@@ -21,6 +21,8 @@ def why_triton_cannot_run(device: torch.device) -> str | None:
     """The reason why kernels cannot run for tensors on `device`; None where they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; on Linux `pip install triton>=3.6` installs it"
+    if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
+        return "this GPU has no float64, in which the coefficients are computed"
     if device.type in ("cuda", "xpu") or (device.type == "cpu" and is_interpreted()):
         return None
     return f"tensors are on {device}, it needs them on a GPU (or TRITON_INTERPRET=1 to interpret kernels on the CPU)"

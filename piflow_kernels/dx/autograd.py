@@ -58,7 +58,7 @@ def integrate_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
             *bars, target_bar = torch_path.dx_integrate_backward(
                 grad, r.x_start, r.x_src, r.grid, coefficients_of(r), target=r.target
             )
-    return (*bars, r.x_start.new_empty(len(r.x_start), 0) if target_bar is None else target_bar)
+    return (*bars, r.x_start.new_empty(r.x_start.shape[0], 0) if target_bar is None else target_bar)
 
 
 def fake(*args: Any) -> Tensor:
@@ -68,7 +68,7 @@ def fake(*args: Any) -> Tensor:
 
 def fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     r = Rollout(*args[:-1])
-    target_bar = r.x_start.new_empty(len(r.x_start), 0) if r.target is None else torch.empty_like(r.target)
+    target_bar = r.x_start.new_empty(r.x_start.shape[0], 0) if r.target is None else torch.empty_like(r.target)
     return (*(torch.empty_like(leaf) for leaf in (r.x_start, r.x_src, r.grid)), target_bar)
 
 

@@ -19,7 +19,12 @@ def raw_time(sigma, shift):
     return sigma / (shift + (1.0 - shift) * sigma)
 
 
-@triton.jit(do_not_specialize=["n_levels", "n_steps"])
+POINTERS = ("sigmas", "local", "sigma_src", "segment_size", "shift", "weights")
+INTEGERS = ("n_levels", "n_steps", "sigma_b", "sigma_n", "local_b", "src_b", "segment_b", "shift_b")
+"""Not specialised, nor addresses on alignment: a handful of numbers is read, and no schedule should compile anew."""
+
+
+@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=POINTERS)
 def dx_coefficients_kernel(
     sigmas, local, sigma_src, segment_size, shift, weights,
     n_levels, n_steps, eps, min_delta,
@@ -93,18 +98,26 @@ def dx_coefficients_kernel(
         divisor = tl.where(at_start, 1.0, tl.maximum(first - last, zero + min_delta))
         moved = 1.0
     weights += sample * (N + 2)
+    # Clamping takes NaN for a bound; a segment or shift that is none must not pass for one.
+    divisor += 0.0 * (segment + scale)
     tl.store(weights, (survival - moved) / -divisor)
     tl.store(weights + 1, tl.sum(pulls, axis=0) / -divisor)
     tl.store(weights + 2 + point, s * pulls / divisor, mask=point < N)
 
 
 @triton.jit
-def element_offsets(n_elements, size_y, size_z, BLOCK: tl.constexpr):
+def program(n_blocks):
+    """This program's block of elements, and its sample as int64. One grid axis: the second takes no more than 65535."""
+    return tl.program_id(0) % n_blocks, (tl.program_id(0) // n_blocks).to(tl.int64)
+
+
+@triton.jit
+def element_offsets(block, n_elements, size_y, size_z, BLOCK: tl.constexpr):
     """Coordinates of this program's elements, int64 so that offsets into large tensors hold; and the mask.
 
     Divided as int32 (the host sees to it that a sample's elements are that few): a 64-bit division is a subroutine.
     """
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    e = block * BLOCK + tl.arange(0, BLOCK)
     row = e // size_z
     return (row // size_y).to(tl.int64), (row % size_y).to(tl.int64), (e % size_z).to(tl.int64), e < n_elements
 
@@ -129,7 +142,7 @@ def weighted_sum(
     return value
 
 
-@triton.jit(do_not_specialize=["n_elements", "n_blocks"])
+@triton.jit(do_not_specialize=["n_elements", "n_blocks"], do_not_specialize_on_alignment=["weights"])
 def dx_rollout_kernel(
     x_start, x_src, grid, target, weights, result,
     n_elements, size_y, size_z, n_blocks,
@@ -141,8 +154,8 @@ def dx_rollout_kernel(
     N: tl.constexpr, BLOCK: tl.constexpr, HAS_TARGET: tl.constexpr,
 ):  # fmt: skip
     """Without a target result (B, X, Y, Z) is the weighted sum; with one result (B, blocks) sums its square errors."""
-    x, y, z, mask = element_offsets(n_elements, size_y, size_z, BLOCK)
-    sample = tl.program_id(1).to(tl.int64)
+    block, sample = program(n_blocks)
+    x, y, z, mask = element_offsets(block, n_elements, size_y, size_z, BLOCK)
     value = weighted_sum(
         x_start + sample * start_b, x_src + sample * src_b, grid + sample * grid_b, weights + sample * (N + 2),
         x, y, z, mask, start_x, start_y, start_z, src_x, src_y, src_z, grid_n, grid_x, grid_y, grid_z, N,
@@ -150,15 +163,15 @@ def dx_rollout_kernel(
     if HAS_TARGET:
         at = target + sample * target_b + x * target_x + y * target_y + z * target_z
         gap = tl.where(mask, value - tl.load(at, mask=mask, other=0.0).to(tl.float32), 0.0)
-        tl.store(result + sample * n_blocks + tl.program_id(0), tl.sum(gap * gap, axis=0))
+        tl.store(result + sample * n_blocks + block, tl.sum(gap * gap, axis=0))
     else:
         tl.store(result + sample * result_b + x * result_x + y * result_y + z * result_z, value, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_elements"])
+@triton.jit(do_not_specialize=["n_elements", "n_blocks"], do_not_specialize_on_alignment=["weights"])
 def dx_backward_kernel(
     grad, x_start, x_src, grid, target, weights, start_bar, src_bar, grid_bar, target_bar,
-    grad_scale, n_elements, size_y, size_z,
+    grad_scale, n_elements, size_y, size_z, n_blocks,
     grad_b, grad_x, grad_y, grad_z,
     start_b, start_x, start_y, start_z,
     src_b, src_x, src_y, src_z,
@@ -175,8 +188,8 @@ def dx_backward_kernel(
     Without a target g is grad (B, X, Y, Z), read once; with one it is grad_scale grad[sample] times the error of the
     weighted sum, taken again here, and target_bar = -g.
     """
-    x, y, z, mask = element_offsets(n_elements, size_y, size_z, BLOCK)
-    sample = tl.program_id(1).to(tl.int64)
+    block, sample = program(n_blocks)
+    x, y, z, mask = element_offsets(block, n_elements, size_y, size_z, BLOCK)
     weights += sample * (N + 2)
     if HAS_TARGET:
         value = weighted_sum(

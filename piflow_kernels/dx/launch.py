@@ -117,7 +117,7 @@ def dx_weighted_sum(x_start: Tensor, x_src: Tensor, grid: Tensor, weights: Tenso
         compact = None if target is None else target.contiguous()
         plain = dx_weighted_sum(x_start.contiguous(), x_src.contiguous(), grid.contiguous(), weights, compact)
         return plain if target is not None else result.copy_(plain)
-    dx_rollout_kernel[n_blocks, batch](
+    dx_rollout_kernel[(n_blocks * batch,)](
         x_start, x_src, grid, compared, weights, result,
         n_elements, *path.sizes[1:], n_blocks, *itertools.chain(*path.strides),
         N=grid.shape[1], BLOCK=block, HAS_TARGET=target is not None, num_warps=family.dx_warps,
@@ -149,6 +149,7 @@ def dx_integrate_backward(grad: Tensor, r: Rollout) -> Adjoints:
     n_elements = check_count("x_src: elements", r.x_start[0].numel())
     family = FAMILIES[family_of(r.grid.device)]
     block = block_of(n_elements, family.dx_block)
+    n_blocks = cdiv(n_elements, block)
     target = r.x_start if r.target is None else r.target
     written = [results.x_start, results.x_src, results.grid]
     written.append(results.x_start if results.target is None else results.target)
@@ -164,9 +165,9 @@ def dx_integrate_backward(grad: Tensor, r: Rollout) -> Adjoints:
         return results
     strides = path.strides if r.target is None else [[grad.stride(0), 0, 0, 0], *path.strides[1:]]
     with on_device_of(r.grid):
-        dx_backward_kernel[cdiv(n_elements, block), r.grid.shape[0]](
+        dx_backward_kernel[(n_blocks * r.grid.shape[0],)](
             grad, r.x_start, r.x_src, r.grid, target, coefficients(r), *written,
-            2 / n_elements, n_elements, *path.sizes[1:], *itertools.chain(*strides),
+            2 / n_elements, n_elements, *path.sizes[1:], n_blocks, *itertools.chain(*strides),
             N=r.grid.shape[1], BLOCK=block, HAS_TARGET=r.target is not None, num_warps=family.dx_warps,
         )  # fmt: skip
     return results

@@ -96,6 +96,10 @@ def integrate(
     device = time_grid.grid.device
     arg.check_state(name, x_start, arg.shape_of(x_src), device)
     dtype = arg.computing_dtype(x_start, x_src, time_grid.grid, *(() if target is None else (target,)))
+    if backend == "inductor":
+        raise ValueError(
+            "backend: 'inductor' compiles GM operators only; a DX rollout is one sum as fast as memory, use 'torch'"
+        )
     backend = arg.resolve_backend(backend, device, dtype)
     x_start, canonical_src = time_grid.unpack(x_start).to(dtype), time_grid.x_src.to(dtype)
     if target is not None:

@@ -46,7 +46,7 @@ def in_double(r: Rollout) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor,
 
 def no_target(r: Rollout) -> Tensor:
     """In place of a target's adjoint: an operator returns a tensor."""
-    return r.x_start.new_empty(len(r.x_start), 0)
+    return r.x_start.new_empty(r.x_start.shape[0], 0)
 
 
 def integrate(*args: Any) -> Tensor:

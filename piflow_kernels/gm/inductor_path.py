@@ -28,11 +28,11 @@ LOG2_E = math.log2(math.e)
 TILE = 64
 LARGEST_BLOCK = 1 << 22
 """Elements of a block's tiles, 16 MB: calling a compiled function costs as much as 4000 pixel substeps of it."""
-LARGEST_GRAM = 16
-"""Components up to which Gram space is unrolled; beyond, compiling its K^2 products would take minutes."""
+LARGEST_UNROLLED = 16
+"""Components, in Gram space, or channels that are unrolled; compiling more would take minutes."""
 TYPICAL_SUBSTEPS = 32
 """Decides between the spaces: for any other number nothing may be compiled again."""
-EXAMPLE_TILES = 256
+EXAMPLE_TILES = 64
 """Enough that inductor writes parallel loops."""
 FLOOR = -100.0
 """Least logit below the largest: weights of 2^-100 instead of denormal numbers, which cost a hundred cycles each."""
@@ -60,6 +60,13 @@ def total(terms: Sequence[Tensor]) -> Tensor:
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     return total([a * b for a, b in zip(left, right)])
+
+
+def in_pairs(operation: Callable[[Tensor, Tensor], Tensor], terms: Sequence[Tensor]) -> Tensor:
+    """All terms combined; a chain, each waiting for the last, would take the processor three times as long."""
+    while len(terms) > 1:
+        terms = [*map(operation, terms[::2], terms[1::2]), *terms[len(terms) // 2 * 2 :]]
+    return terms[0]
 
 
 def centred(means: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -113,9 +120,9 @@ def gram_advance(features: Tensor, logits: Tensor, steps: Tensor, state: Tensor)
             + p_gram * dot([gram[i, j] for j in range(k)], b)
             for i in range(k)
         ]  # fmt: skip
-        largest = functools.reduce(torch.maximum, logit)
+        largest = in_pairs(torch.maximum, logit)
         e = [torch.exp2((value - largest).clamp(min=FLOOR)) for value in logit]
-        scale = gift / total(e)
+        scale = gift / in_pairs(torch.add, e)
         b = [gain * b_i + scale * e_i for b_i, e_i in zip(b, e)]
     return torch.stack(b, dim=1)
 
@@ -152,6 +159,20 @@ def channel_advance(
         scale = stored(gift / e.sum(1))
         y = [stored(gain * y_c + scale * (e * v_c).sum(1)) for y_c, v_c in zip(y, channels)]
     return torch.stack(y, dim=1)
+
+
+def wide_advance(
+    vt: Tensor, q: Tensor, vbar: Tensor, states: Tensor, logits: Tensor, steps: Tensor, y: Tensor
+) -> Tensor:
+    """`channel_advance` with loops over the channels too: slower, but compiled in seconds however many there are."""
+    x_src, x_start = states.unbind(1)
+    for n in range(steps.shape[1]):
+        gain, gift, p_h, p_hd, p_m, p_q, p_gram = (p[..., None] for p in per_tile_step(steps, n))
+        z = stored(dot((p_h, p_hd, p_m, p_gram), (x_src, x_start - x_src, vbar, y)))
+        logit = logits + p_q * q + (vt * z[:, None]).sum(2)
+        e = torch.exp2((logit - logit.amax(1, keepdim=True)).clamp(min=FLOOR))
+        y = gain * y + gift / e.sum(1, keepdim=True) * (e[:, :, None] * vt).sum(1)
+    return y
 
 
 class Space(NamedTuple):
@@ -199,8 +220,8 @@ def space(n_components: int, n_channels: int, n_threads: int) -> Space:
     k, c = n_components, n_channels
     means, states, logits, out = (k, c, TILE), (2, c, TILE), (k, TILE), (4,)
     with torch.inference_mode(False), torch.no_grad():
-        if k <= LARGEST_GRAM and gram_space_is_cheaper(k, c, TYPICAL_SUBSTEPS):
-            u = min(max(256 // (k * k), 1), 8)
+        if k <= LARGEST_UNROLLED and gram_space_is_cheaper(k, c, TYPICAL_SUBSTEPS):
+            u = min(max(512 // (k * k), 1), 8)
             features = (k * (k + 1) // 2 + 3 * k, TILE)
             return Space(
                 u,
@@ -209,12 +230,14 @@ def space(n_components: int, n_channels: int, n_threads: int) -> Space:
                 compiled(gram_finish, OPTIONS | RECOMPUTING, means, states, logits, out),
                 gram=True,
             )
-        u = min(max(16 // c, 1), 4)
+        wide = c > LARGEST_UNROLLED
+        u = 1 if wide else min(max(16 // c, 1), 4)
+        advance, options = (wide_advance, OPTIONS) if wide else (channel_advance, OPTIONS | RECOMPUTING)
         state = (c, TILE)
         return Space(
             u,
             compiled(channel_prepare, OPTIONS | RECOMPUTING, means),
-            compiled(channel_advance, OPTIONS | RECOMPUTING, means, logits, state, states, logits, (u, 7), state),
+            compiled(advance, options, means, logits, state, states, logits, (u, 7), state),
             compiled(combined, OPTIONS, states, state, state, out),
             gram=False,
         )

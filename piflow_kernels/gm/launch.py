@@ -51,11 +51,11 @@ def coefficients(r: Rollout, with_tangent: bool) -> tuple[Tensor, Tensor]:
     local, keep = (r.sigma_src if flag is None else flag for flag in (r.local, r.keep))
     gm_coefficients_kernel[(batch,)](
         r.sigmas, local, r.sigma_src, r.logstds, keep, table[0], table[-1],
-        r.sigmas.shape[1], r.n_steps, r.eps, r.min_delta or 0.0, r.temperature,
+        r.sigmas.shape[1], r.n_steps, k, r.eps, r.min_delta or 0.0, r.temperature,
         *r.sigmas.stride(), local.stride(0), r.sigma_src.stride(0), r.logstds.stride(0), *keep.stride()[:2],
         *(() if r.keep is not None else (0,)),
         MEAN=r.min_delta is not None, TANGENT=with_tangent, HAS_LOCAL=r.local is not None,
-        HAS_KEEP=r.keep is not None, K=k, K_TILE=next_power_of_2(k), CHUNK=COEFFICIENT_CHUNK,
+        HAS_KEEP=r.keep is not None, K_TILE=next_power_of_2(k), CHUNK=COEFFICIENT_CHUNK,
         **coefficient_options(FAMILIES[family_of(r.means.device)]),
     )  # fmt: skip
     return table[0], table[-1]
@@ -86,7 +86,7 @@ def gm_integrate(r: Rollout) -> Tensor:
     partial = result.tensor if result else r.x_start.new_empty(batch, n_blocks)
     with on_device_of(r.means):
         table, _ = coefficients(r, with_tangent=False)
-        kernel[n_blocks, batch](
+        kernel[(n_blocks * batch,)](
             x_start.tensor, x_src.tensor, means.tensor, logweights.tensor, target.tensor, table, partial,
             weight_scale(r), n_pixels, width, r.n_steps, n_blocks,
             *x_start.strides, *x_src.strides, *means.strides, *without_channel(logweights.strides), *target.strides,
@@ -139,7 +139,7 @@ def gm_integrate_backward(grad: Tensor, r: Rollout) -> Adjoints:
     d_logstds = r.x_start.new_empty(batch, n_blocks)
     with on_device_of(r.means):
         table, tangent = coefficients(r, with_tangent=True)
-        kernel[n_blocks, batch](
+        kernel[(n_blocks * batch,)](
             cotangent.tensor if cotangent else grad, x_start.tensor, x_src.tensor, means.tensor, logweights.tensor,
             target.tensor, table, tangent, d_start.tensor, d_src.tensor, d_means.tensor, d_logweights.tensor,
             d_target.tensor, d_logstds, history,

@@ -175,7 +175,8 @@ def gm_velocity(
         temperature: below 1, sharpens the mixture (logweights / T, variance T); None or >= 1 does nothing.
         keep: (B, K) bool, components that stay (component dropout); where a sample keeps none, it keeps all.
         layout: "spatial" or "packed".
-        backend: None (Triton for float32 on a GPU, else PyTorch), or one to force: "reference", "torch" or "triton".
+        backend: None (Triton for float32 on a GPU, else PyTorch), or one to force: "reference", "torch", "triton", or
+            "inductor" (C++ for the CPU, compiled at the first call of each K and C; see `warmup`).
         check: also check the noise levels' values on a GPU, where reading them synchronises.
 
     Returns:

@@ -328,8 +328,8 @@ def test_inductor_compiles_once_for_all_noise_levels_and_sizes(name: str) -> Non
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
     compiled_once = None
-    for size, levels in ((5, 1.0), (5, 0.9), (5, 0.7), (8, 0.8)):
-        problem = make(spatial=(size, 3), dtype=torch.float32)
+    for batch, size, levels in ((2, 5, 1.0), (2, 5, 0.9), (3, 5, 0.7), (5, 8, 0.8)):
+        problem = make(batch=batch, spatial=(size, 3), dtype=torch.float32)
         problem["sigmas"] = problem["sigmas"] * levels
         if name.endswith("loss"):
             problem["target"] = problem["x_src"] + 1
@@ -399,6 +399,7 @@ def test_gm_errors_name_the_argument(change: dict[str, Any], message: str) -> No
         ({"grid": torch.zeros(2, 4)}, "grid: expected"),
         ({"x_start": torch.zeros(2, 3, 5, 5)}, "x_start: expected shape"),
         ({"backend": "triton"}, "backend: 'triton'"),
+        ({"backend": "inductor"}, "backend: 'inductor' compiles GM operators only"),
     ],
 )
 def test_dx_errors_name_the_argument(change: dict[str, Any], message: str) -> None:

@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from .common import load_out, load_step, pixel_offsets, table_of, total, wide
+from .common import COUNTS, TABLES, load_out, load_step, pixel_offsets, program, table_of, total, wide
 
 
-@triton.jit(do_not_specialize=["n_pixels", "width", "n_steps", "n_blocks"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=TABLES)
 def gm_channel_rollout_kernel(
     x_start, x_src, means, logweights, target, table, result,
     weight_scale, n_pixels, width, n_steps, n_blocks,
@@ -23,8 +23,8 @@ def gm_channel_rollout_kernel(
     Without a target, result (B, C, P) = o_s x_src + o_d delta + o_beta vbar + o_y y; with one, result (B, blocks) is
     the sum of that value's square errors over this program's pixels.
     """
-    row, column, mask = pixel_offsets(tl.program_id(0), n_pixels, width, BLOCK)
-    sample = tl.program_id(1).to(tl.int64)
+    block, sample = program(n_blocks)
+    row, column, mask = pixel_offsets(block, n_pixels, width, BLOCK)
     x_start += sample * start_b + row * start_r + column * start_w
     x_src += sample * src_b + row * src_r + column * src_w
     k = tl.arange(0, K_TILE)[:, None]
@@ -80,4 +80,4 @@ def gm_channel_rollout_kernel(
         else:
             tl.store(result + c * wide(result_c), value, mask=mask)
     if HAS_TARGET:
-        tl.store(result + sample * n_blocks + tl.program_id(0), total(tl.where(mask, error, 0.0)))
+        tl.store(result + sample * n_blocks + block, total(tl.where(mask, error, 0.0)))

@@ -56,13 +56,29 @@ def substep(sigma, ds, s, variance, eps):
     return gain, gift, drift, gain_slope, -gift * slope, drift_slope
 
 
-@triton.jit(do_not_specialize=["n_levels", "n_steps"])
+POINTERS = ("sigmas", "local", "sigma_src", "logstds", "keep", "table", "tangent")
+INTEGERS = (
+    "n_levels",
+    "n_steps",
+    "n_components",
+    "sigma_b",
+    "sigma_n",
+    "local_b",
+    "src_b",
+    "std_b",
+    "keep_b",
+    "keep_k",
+)
+"""Not specialised, nor addresses on alignment: a handful of numbers is read, and no schedule should compile anew."""
+
+
+@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=POINTERS)
 def gm_coefficients_kernel(
     sigmas, local, sigma_src, logstds, keep, table, tangent,
-    n_levels, n_steps, eps, min_delta, temperature,
+    n_levels, n_steps, n_components, eps, min_delta, temperature,
     sigma_b, sigma_n, local_b, src_b, std_b, keep_b, keep_k,
     MEAN: tl.constexpr, TANGENT: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_KEEP: tl.constexpr,
-    K: tl.constexpr, K_TILE: tl.constexpr, CHUNK: tl.constexpr,
+    K_TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """table (B, (N + 1) 7 + K): a row of seven for each substep, one with the output weights, K biases.
 
@@ -85,7 +101,7 @@ def gm_coefficients_kernel(
         at_start = first == last
         if HAS_LOCAL:
             at_start = at_start | (tl.load(local + sample * local_b) != 0)
-    size = (n_steps + 1) * 7 + K
+    size = (n_steps + 1) * 7 + n_components
     table += sample * size
     tangent += sample * size
 
@@ -164,10 +180,10 @@ def gm_coefficients_kernel(
     k = tl.arange(0, K_TILE)
     bias = tl.zeros((K_TILE,), tl.float32)
     if HAS_KEEP:
-        stays = tl.load(keep + sample * keep_b + k * keep_k, mask=k < K, other=0) != 0
+        stays = tl.load(keep + sample * keep_b + k * keep_k, mask=k < n_components, other=0) != 0
         some = tl.max(stays.to(tl.int32), axis=0) > 0
         bias = tl.where(stays | (some == 0), 0.0, float("-inf"))
-    tl.store(table + (n_steps + 1) * 7 + k, bias, mask=k < K)
+    tl.store(table + (n_steps + 1) * 7 + k, bias, mask=k < n_components)
 
 
 @triton.jit

@@ -5,16 +5,25 @@ One program integrates BLOCK pixels of one sample. Notation as in `piflow_kernel
     means       (B, K, C, P)   any strides, any float dtype         x_start, x_src, target  (B, C, P)   any strides
     logweights  (B, K, P)      any strides, any float dtype         table  contiguous float32, see `coefficients.py`
 
-A pixel p is two coordinates, (p // width, p % width), each with its stride: token layouts need no copy. `width` is not
-specialised: without knowledge of contiguity a thread takes whole pixels, and sums over components or channels stay
-within it instead of crossing lanes.
+A pixel p is two coordinates, (p // width, p % width), each with its stride: token layouts need no copy. That `width` is
+not specialised has a second use: without knowledge of contiguity a thread takes whole pixels, and sums over components
+or channels stay within it instead of crossing lanes.
 """
 
 import triton
 import triton.language as tl
 
+COUNTS, TABLES = ["n_pixels", "width", "n_steps", "n_blocks"], ["table", "tangent"]
+"""Not specialised, and not on alignment: no size of an image and no schedule should compile anew."""
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def program(n_blocks):
+    """This program's block of pixels, and its sample as int64. One grid axis: the second takes no more than 65535."""
+    return tl.program_id(0) % n_blocks, (tl.program_id(0) // n_blocks).to(tl.int64)
 
 
 @triton.jit

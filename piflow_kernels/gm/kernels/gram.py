@@ -3,7 +3,20 @@
 import triton
 import triton.language as tl
 
-from .common import LN2, load_bias, load_out, load_own, load_step, pixel_offsets, table_of, total, wide
+from .common import (
+    COUNTS,
+    LN2,
+    TABLES,
+    load_bias,
+    load_out,
+    load_own,
+    load_step,
+    pixel_offsets,
+    program,
+    table_of,
+    total,
+    wide,
+)
 
 
 @triton.jit
@@ -108,7 +121,7 @@ def load_logweights(logweights, weight_k, table, n_steps, weight_scale, mask, K:
     return lw
 
 
-@triton.jit(do_not_specialize=["n_pixels", "width", "n_steps", "n_blocks"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=TABLES)
 def gm_gram_rollout_kernel(
     x_start, x_src, means, logweights, target, table, result,
     weight_scale, n_pixels, width, n_steps, n_blocks,
@@ -125,8 +138,8 @@ def gm_gram_rollout_kernel(
     Without a target, result (B, C, P) = o_s x_src + o_d delta + o_beta vbar + o_y sum_k b_k vt_k; with one, result (B,
     blocks) is the sum of that value's square errors over this program's pixels.
     """
-    row, column, mask = pixel_offsets(tl.program_id(0), n_pixels, width, BLOCK)
-    sample = tl.program_id(1).to(tl.int64)
+    block, sample = program(n_blocks)
+    row, column, mask = pixel_offsets(block, n_pixels, width, BLOCK)
     x_start += sample * start_b + row * start_r + column * start_w
     x_src += sample * src_b + row * src_r + column * src_w
     means += sample * mean_b + row * mean_r + column * mean_w
@@ -162,10 +175,10 @@ def gm_gram_rollout_kernel(
         else:
             tl.store(result + c * wide(result_c), value, mask=mask)
     if HAS_TARGET:
-        tl.store(result + sample * n_blocks + tl.program_id(0), total(tl.where(mask, error, 0.0)))
+        tl.store(result + sample * n_blocks + block, total(tl.where(mask, error, 0.0)))
 
 
-@triton.jit(do_not_specialize=["n_pixels", "width", "n_steps", "n_blocks"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=TABLES)
 def gm_gram_backward_kernel(
     grad, x_start, x_src, means, logweights, target, table, tangent,
     start_bar, src_bar, means_bar, logweights_bar, target_bar, logstd_bar, history,
@@ -194,9 +207,8 @@ def gm_gram_backward_kernel(
     G_bar^T)_k vt. logstd_bar (B, blocks): sums over this program's pixels. With a target g is grad_scale grad[sample]
     times the error of the value; without one it is grad (B, C, P).
     """
-    block = tl.program_id(0)
+    block, sample = program(n_blocks)
     row, column, mask = pixel_offsets(block, n_pixels, width, BLOCK)
-    sample = tl.program_id(1).to(tl.int64)
     x_start += sample * start_b + row * start_r + column * start_w
     x_src += sample * src_b + row * src_r + column * src_w
     means += sample * mean_b + row * mean_r + column * mean_w

@@ -3,7 +3,20 @@
 import triton
 import triton.language as tl
 
-from .common import LN2, load_bias, load_out, load_own, load_step, pixel_offsets, table_of, total, wide
+from .common import (
+    COUNTS,
+    LN2,
+    TABLES,
+    load_bias,
+    load_out,
+    load_own,
+    load_step,
+    pixel_offsets,
+    program,
+    table_of,
+    total,
+    wide,
+)
 
 
 @triton.jit
@@ -69,7 +82,7 @@ def streamed_softmax(
     return mixed * inverse[None, :], top, inverse
 
 
-@triton.jit(do_not_specialize=["n_pixels", "width", "n_steps", "n_blocks"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=TABLES)
 def gm_streamed_rollout_kernel(
     x_start, x_src, means, logweights, target, table, result,
     weight_scale, n_pixels, width, n_steps, n_blocks,
@@ -86,8 +99,8 @@ def gm_streamed_rollout_kernel(
     Without a target, result (B, C, P) = o_s x_src + o_d delta + o_beta vbar + o_y y; with one, result (B, blocks) is
     the sum of that value's square errors over this program's pixels.
     """
-    row, column, mask = pixel_offsets(tl.program_id(0), n_pixels, width, BLOCK)
-    sample = tl.program_id(1).to(tl.int64)
+    block, sample = program(n_blocks)
+    row, column, mask = pixel_offsets(block, n_pixels, width, BLOCK)
     c = tl.arange(0, C_TILE).to(tl.int64)[:, None]
     inside = (c < C) & mask[None, :]
     x_start += sample * start_b + c * start_c + (row * start_r + column * start_w)[None, :]
@@ -113,7 +126,7 @@ def gm_streamed_rollout_kernel(
     if HAS_TARGET:
         target += sample * target_b + c * target_c + (row * target_r + column * target_w)[None, :]
         gap = tl.where(inside, value - tl.load(target, mask=inside, other=0.0).to(tl.float32), 0.0)
-        tl.store(result + sample * n_blocks + tl.program_id(0), total(gap * gap))
+        tl.store(result + sample * n_blocks + block, total(gap * gap))
     else:
         result += sample * result_b + c * result_c + (row * result_r + column * result_w)[None, :]
         tl.store(result, value, mask=inside)
@@ -161,7 +174,7 @@ def component_adjoint(vt, z, u, logit, p_q, top, inverse, along):
     return l_bar, w[None, :] * u + l_bar[None, :] * (z + 2.0 * p_q * vt)
 
 
-@triton.jit(do_not_specialize=["n_pixels", "width", "n_steps", "n_blocks"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=TABLES)
 def gm_streamed_backward_kernel(
     grad, x_start, x_src, means, logweights, target, table, tangent,
     start_bar, src_bar, means_bar, logweights_bar, target_bar, logstd_bar, history,
@@ -192,9 +205,8 @@ def gm_streamed_backward_kernel(
     mixed . u.
     logstd_bar (B, blocks) and the target as in the Gram-space kernel.
     """
-    block = tl.program_id(0)
+    block, sample = program(n_blocks)
     row, column, mask = pixel_offsets(block, n_pixels, width, BLOCK)
-    sample = tl.program_id(1).to(tl.int64)
     c = tl.arange(0, C_TILE).to(tl.int64)[:, None]
     inside = (c < C) & mask[None, :]
     x_start += sample * start_b + c * start_c + (row * start_r + column * start_w)[None, :]
