@@ -23,6 +23,12 @@ LEVEL_TOLERANCE = 1e-6
 CPU = torch.device("cpu")
 
 
+def check_strided(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise ValueError(f"{name}: expected a dense tensor, got a {kind} one")
+
+
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
@@ -30,6 +36,7 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], device: torch.device) -> Tensor:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+    check_strided(name, value)
     if value.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{name}: expected dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
@@ -66,6 +73,7 @@ def per_sample(name: str, value: float | Tensor, batch: int, device: torch.devic
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{name}: expected a number or a tensor, got {value!r}")
         return torch.full((batch,), float(value), dtype=torch.float64, device=device)
+    check_strided(name, value)
     if not value.is_floating_point():
         raise ValueError(f"{name}: expected a floating-point tensor, got {value.dtype}")
     if value.device != device and value.dim() > 0:
@@ -94,6 +102,7 @@ def noise_levels(sigmas: Tensor, batch: int, device: torch.device) -> Tensor:
     if not isinstance(sigmas, Tensor) or not sigmas.is_floating_point():
         came = sigmas.dtype if isinstance(sigmas, Tensor) else type(sigmas).__name__
         raise ValueError(f"sigmas: expected a floating-point tensor of noise levels, got {came}")
+    check_strided("sigmas", sigmas)
     if sigmas.device != device:
         raise ValueError(
             f"sigmas: expected a tensor on {device}, where the network output is, got one on {sigmas.device}"
@@ -171,6 +180,12 @@ def resolve_backend(backend: Backend | None, device: torch.device, dtype: torch.
     return backend
 
 
+def check_flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {type(value).__name__}")
+    return value
+
+
 def check_values(sigmas: Tensor, sigma_src: Tensor, anywhere: bool, check: bool) -> None:
     """Check levels on the CPU, or where asked to; a velocity may be asked `anywhere`, also above sigma_src."""
     if sigmas.device.type != "cpu" and not check:
@@ -187,6 +202,7 @@ def check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...], device: t
         return None
     if not isinstance(mask, Tensor):
         raise ValueError(f"{name}: expected a bool tensor {shape}, got {type(mask).__name__}")
+    check_strided(name, mask)
     if mask.dtype != torch.bool or shape_of(mask) != shape or mask.device != device:
         raise ValueError(
             f"{name}: expected a bool tensor {shape} on {device}, got {mask.dtype} {shape_of(mask)} on {mask.device}"

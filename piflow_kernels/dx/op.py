@@ -101,6 +101,7 @@ def integrate(
             "backend: 'inductor' compiles GM operators only; a DX rollout is one sum as fast as memory, use 'torch'"
         )
     backend = arg.resolve_backend(backend, device, dtype)
+    arg.check_flag("check", check)
     x_start, canonical_src = time_grid.unpack(x_start).to(dtype), time_grid.x_src.to(dtype)
     if target is not None:
         target = time_grid.unpack(arg.check_state("target", target, arg.shape_of(x_src), device)).to(dtype)

@@ -122,6 +122,7 @@ def integrate(
     """Dispatch of every GM operator; x_start and target are canonical, the result in the caller's layout or (B,)."""
     dtype = arg.computing_dtype(x_start, mixture.x_src, mixture.means, *(() if target is None else (target,)))
     backend = arg.resolve_backend(backend, mixture.means.device, dtype)
+    arg.check_flag("check", check)
     x_start, x_src = x_start.to(dtype), mixture.x_src.to(dtype)
     target = None if target is None else target.to(dtype)
     sigmas = arg.constant(sigmas)

@@ -380,6 +380,9 @@ GM_ERRORS = [
     ({"backend": "cuda"}, "backend: expected None or one of"),
     ({"backend": "triton"}, "backend: 'triton' cannot run here"),
     ({"eps": 0.0}, "eps: expected a positive"),
+    ({"check": "yes"}, "check: expected True or False, got str"),
+    ({"x_src": torch.zeros(2, 4, 3, 5).to_sparse()}, "x_src: expected a dense tensor, got a sparse_coo one"),
+    ({"sigma_src": torch.zeros(2).to_sparse()}, "sigma_src: expected a dense tensor, got a sparse_coo one"),
 ]
 
 
