@@ -66,6 +66,7 @@ def differentiable(
     leaves: tuple[int, ...],
     n_tensors: int,
     policy: str,
+    name: str,
 ) -> Callable[..., Tensor]:
     """Make an operator differentiable once, by an autograd function outside, so that torch.func transforms see it.
 
@@ -115,8 +116,20 @@ def differentiable(
             return tuple(result)
 
     Differentiable.forward = staticmethod(forward)  # type: ignore[method-assign]
+    # Dynamo calls the operator itself where it sees nothing that requires gradients, as in the compiled
+    # torch.func.grad: without a derivative of its own its gradients would be zero there.
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", Differentiable.backward, setup_context=Differentiable.setup_context, lib=LIBRARY
+    )
 
     def call(*args: Any) -> Tensor:
+        if torch.compiler.is_compiling():  # Dynamo takes no tensor twice, as x_start and x_src often are
+            args = tuple(
+                value.view_as(value)
+                if isinstance(value, Tensor) and any(value is other for other in args[:i])
+                else value
+                for i, value in enumerate(args)
+            )
         # An autograd function costs as much as the rest of a call. Without gradients the operator alone will do, unless
         # a tangent asks for a derivative that it would silently drop.
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0:

@@ -114,4 +114,6 @@ def call(
     )
 
 
-differentiable_dx_integrate = differentiable(call, dx_integrate_backward, LEAVES, n_tensors=9, policy="DX")
+differentiable_dx_integrate = differentiable(
+    call, dx_integrate_backward, LEAVES, n_tensors=9, policy="DX", name="dx_integrate"
+)

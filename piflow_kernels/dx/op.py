@@ -256,6 +256,7 @@ def dx_mean_velocity_loss(
     Differentiable also with respect to `target`, which is shaped as x_start.
     """
     time_grid = canonical_grid(x_src, sigma_src, grid, segment_size, shift, mode, layout, eps)
+    arg.check_state("target", target, arg.shape_of(x_src), grid.device)
     arg.check_positive("min_delta", min_delta)
     levels = arg.noise_levels(sigmas, grid.shape[0], grid.device)
     local = arg.check_mask("local", local, (grid.shape[0],), grid.device)

@@ -127,4 +127,6 @@ def call(
     )  # fmt: skip
 
 
-differentiable_gm_integrate = differentiable(call, gm_integrate_backward, LEAVES, n_tensors=10, policy="GM")
+differentiable_gm_integrate = differentiable(
+    call, gm_integrate_backward, LEAVES, n_tensors=10, policy="GM", name="gm_integrate"
+)
