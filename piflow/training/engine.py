@@ -19,6 +19,7 @@ from piflow.training.errors import TrainingError
 from piflow.training.module import PiIDModule
 
 LOCK_PATIENCE = 600  # seconds; the build takes about 30
+SHARED_MEMORY = Path("/dev/shm")
 
 
 def prepare_process() -> tuple[int, int]:
@@ -45,6 +46,7 @@ def prepare_process() -> tuple[int, int]:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     build_extension()
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    unname_shared_memory(torch.distributed.get_rank())
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
@@ -90,6 +92,19 @@ def build_extension() -> None:
             f"DeepSpeed's CPU communication cannot be built in {lock.parent}: {error} "
             "Check that g++ works, remove that folder, and start again."
         ) from error
+
+
+def unname_shared_memory(rank: int) -> None:
+    """Take the name off the 69 MB of shared memory that DeepSpeed's CPU communication has opened on this rank.
+
+    DeepSpeed never does: the memory of every run would stay taken until the machine restarts. Once all ranks have it
+    open no name is needed, and it goes with the last of them, however they end. Collective.
+    """
+    torch.distributed.barrier()
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}"
+    with contextlib.suppress(OSError):
+        (SHARED_MEMORY / name).unlink()
 
 
 def await_lock(lock: Path, patience: float = LOCK_PATIENCE) -> None:

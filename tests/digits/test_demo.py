@@ -13,6 +13,7 @@ from piflow.digits.demo import DEFAULT_CONFIGS, _make_room, load_student, main, 
 from piflow.digits.teacher import load_teacher, teacher_velocity
 from piflow.models.dit import GMDiTTransformer2DModelV2
 from piflow.training.config import load_config
+from tests.processes import no_shared_memory_left, time_limit
 
 FAST = {"iterations": 2, "batch_size_per_rank": 4}
 
@@ -36,6 +37,12 @@ def finish(config, folder):
 
 def everything_below(folder):
     return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def limited():
+    with time_limit(240), no_shared_memory_left():
+        yield
 
 
 def words(text):
@@ -148,6 +155,7 @@ def test_configurations_that_cannot_share_a_report_end_before_training(tmp_path,
 
 
 @pytest.mark.launcher
+@pytest.mark.usefixtures("limited")
 def test_whole_demo_in_small(tmp_path, capfd):
     """The real launcher, two iterations, forty samples: all files, and a non-zero exit because the bar is missed.
 
@@ -173,6 +181,7 @@ def test_whole_demo_in_small(tmp_path, capfd):
 
 
 @pytest.mark.launcher
+@pytest.mark.usefixtures("limited")
 def test_interrupted_demo_says_how_to_go_on_and_keeps_what_is_finished(tmp_path):
     done, long = write_config(tmp_path, "done", 1), write_config(tmp_path, "long", 2)
     long.write_text(long.read_text().replace("iterations: 2\n", "iterations: 100000\nlog_every: 1\n", 1))

@@ -21,29 +21,14 @@ from piflow.models import GMDiTTransformer2DModelV2
 from piflow.training.errors import TrainingError
 from piflow.training.launch import launch_module, launch_training, launcher_command, launcher_environment
 from piflow.training.signals import ranks_below
+from tests.processes import no_shared_memory_left, time_limit
 
 pytestmark = pytest.mark.launcher
 
 
-@contextlib.contextmanager
-def time_limit(seconds: int = 240) -> Iterator[None]:
-    """A run that hangs fails; launch_module ends its processes on the way out."""
-
-    def expire(number: int, frame: object) -> None:
-        pytest.fail(f"not done after {seconds} s")
-
-    previous = signal.signal(signal.SIGALRM, expire)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
-
-
 @pytest.fixture(autouse=True)
 def limited() -> Iterator[None]:
-    with time_limit():
+    with time_limit(240), no_shared_memory_left():
         yield
 
 
@@ -75,7 +60,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("checks")
-    with time_limit():
+    with time_limit(240), no_shared_memory_left():
         launch_module(["tests.training.launcher_checks", str(folder), str(teacher)], num_processes=2)
     return {"folder": folder, **json.loads((folder / "report.json").read_text())}
 
