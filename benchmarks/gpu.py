@@ -31,7 +31,15 @@ from triton.testing import do_bench
 import piflow_kernels as pk
 from benchmarks.launch_table import search
 from benchmarks.shapes import DX_SHAPES, GM_SHAPES, DXShape, GMShape, Work, dx_work, gm_work
-from tests.kernels.problems import DX_LEAVES, GM_LEAVES, dx_problem, gm_problem, values_and_gradients
+from tests.kernels.problems import (
+    DX_LEAVES,
+    GM_LEAVES,
+    dx_problem,
+    gm_problem,
+    in_double,
+    in_single,
+    values_and_gradients,
+)
 
 QUANTILES = (0.2, 0.5, 0.8)
 ROUNDS = 3
@@ -58,19 +66,6 @@ def machine() -> dict[str, Any]:
 # Correctness
 
 
-def on(device: str, problem: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """States and levels in float32, network outputs in `dtype`."""
-    network = ("means", "logweights", "grid")
-    return {
-        name: value.to(device, dtype if name in network else torch.float32) if isinstance(value, Tensor) else value
-        for name, value in problem.items()
-    }
-
-
-def in_double(problem: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.double() if isinstance(value, Tensor) else value for name, value in problem.items()}
-
-
 def gm_cases(device: str) -> Iterator[tuple[str, str, dict[str, Any], list[str], int, dict[str, Any]]]:
     shapes = [
         (8, 16, (37, 61), 37), (8, 16, (37, 61), 3), (32, 4, (33, 31), 128), (32, 4, (33, 31), 3), (16, 16, (17, 9), 4),
@@ -79,7 +74,7 @@ def gm_cases(device: str) -> Iterator[tuple[str, str, dict[str, Any], list[str],
     ]  # fmt: skip
     for k, c, spatial, n_steps in shapes:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            problem = on(device, gm_problem(k=k, c=c, spatial=spatial, n_steps=n_steps), dtype)
+            problem = in_single(gm_problem(k=k, c=c, spatial=spatial, n_steps=n_steps), dtype, device)
             name = f"K={k} C={c} S={spatial} N={n_steps} {str(dtype).removeprefix('torch.')}"
             yield name, "gm_rollout", problem, GM_LEAVES, n_steps, {}
             problem = problem | {"target": 0.5 * problem["x_src"].flip(0)}
@@ -91,7 +86,7 @@ def gm_cases(device: str) -> Iterator[tuple[str, str, dict[str, Any], list[str],
 def dx_cases(device: str) -> Iterator[tuple[str, str, dict[str, Any], list[str], int, dict[str, Any]]]:
     for mode in ("grid", "polynomial"):
         for dtype in (torch.float32, torch.bfloat16):
-            problem = on(device, dx_problem(n_grid=10, c=16, spatial=(3, 31, 17), n_steps=13), dtype)
+            problem = in_single(dx_problem(n_grid=10, c=16, spatial=(3, 31, 17), n_steps=13), dtype, device)
             name = f"N=10 {mode} {str(dtype).removeprefix('torch.')}"
             yield name, "dx_rollout", problem, DX_LEAVES, 13, {"mode": mode}
             problem = problem | {"target": 0.5 * problem["x_src"]}
@@ -127,7 +122,7 @@ def compare(
 
 def graph_capture(device: str) -> bool:
     """A captured rollout follows its inputs when it is replayed."""
-    problem = on(device, gm_problem(k=8, c=16, spatial=(16, 16)), torch.bfloat16)
+    problem = in_single(gm_problem(k=8, c=16, spatial=(16, 16)), torch.bfloat16, device)
     pk.gm_rollout(**problem, backend="triton")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -143,7 +138,7 @@ def full_graph_compile(device: str) -> bool:
     compiled = torch.compile(lambda problem: pk.gm_rollout(**problem, backend="triton") * 2, fullgraph=True)
     good = True
     for size in (12, 20):
-        problem = on(device, gm_problem(k=8, c=16, spatial=(size, 9)), torch.float32)
+        problem = in_single(gm_problem(k=8, c=16, spatial=(size, 9)), torch.float32, device)
         for scale in (1.0, 0.9):
             problem["sigmas"] = problem["sigmas"] * scale
             means = problem["means"].clone().requires_grad_()
@@ -177,7 +172,9 @@ def other_device(device: str) -> bool:
     """Tensors on the last GPU while another is current."""
     last = f"cuda:{torch.cuda.device_count() - 1}"
     problem = gm_problem(k=8, c=16, spatial=(8, 8))
-    here, there = (pk.gm_rollout(**on(d, problem, torch.float32), backend="triton").cpu() for d in (device, last))
+    here, there = (
+        pk.gm_rollout(**in_single(problem, torch.float32, d), backend="triton").cpu() for d in (device, last)
+    )
     return torch.equal(here, there)
 
 
@@ -331,7 +328,7 @@ def benchmarks(names: Sequence[str], store: Callable[[dict[str, Any]], None]) ->
 
 def overhead() -> dict[str, Any]:
     """Microseconds that the host spends on one call: many calls of a tiny problem, queued without waiting."""
-    problem = on("cuda", gm_problem(batch=1, k=8, c=16, spatial=(4, 4), n_steps=4), torch.bfloat16)
+    problem = in_single(gm_problem(batch=1, k=8, c=16, spatial=(4, 4), n_steps=4), torch.bfloat16, "cuda")
     calls = 2000
     with torch.no_grad():
         for _ in range(50):

@@ -22,6 +22,7 @@ from benchmarks.timing import interleaved, keep_freed_memory, milliseconds
 from piflow.noise_schedule import NoiseSchedule
 from piflow.schedulers import FusedPiflowScheduler
 from piflow_kernels import dx_rollout, gm_mean_velocity, gm_mean_velocity_loss, gm_rollout
+from tests.kernels.problems import GM_LEAVES, in_double
 
 keep_freed_memory()
 
@@ -52,11 +53,6 @@ def compare(
 
 
 NAMES = ["qwen-image-1024", "imagenet-256-batch-16"]
-LEAVES = ["x_start", "x_src", "means", "logstds", "logweights"]
-
-
-def in_double(problem: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in problem.items()}
 
 
 @pytest.mark.parametrize("backend", ["torch", "inductor"])
@@ -83,7 +79,7 @@ def test_gm_window_with_gradients(benchmark: Any, name: str, operator: Any) -> N
         problem["target"] = 0.5 * problem["x_src"].flip(-1)
 
     def gradients(problem: dict[str, Any], backend: Any) -> torch.Tensor:
-        leaves = {leaf: problem[leaf].clone().requires_grad_() for leaf in LEAVES}
+        leaves = {leaf: problem[leaf].clone().requires_grad_() for leaf in GM_LEAVES}
         with torch.enable_grad():
             result = operator(**{**problem, **leaves}, backend=backend)
             found = torch.autograd.grad(result.sum(), list(leaves.values()))

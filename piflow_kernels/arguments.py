@@ -76,7 +76,7 @@ def per_sample(name: str, value: float | Tensor, batch: int, device: torch.devic
     check_strided(name, value)
     if not value.is_floating_point():
         raise ValueError(f"{name}: expected a floating-point tensor, got {value.dtype}")
-    if value.device != device and value.dim() > 0:
+    if value.device != device and (value.dim() > 0 or value.device.type != "cpu"):
         raise ValueError(
             f"{name}: expected a tensor on {device}, where the network output is, got one on {value.device}"
         )

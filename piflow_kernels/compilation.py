@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .arguments import LAYOUTS, Backend, Layout
+from .arguments import LAYOUTS, NETWORK_DTYPES, Backend, Layout, check_flag
 from .dx.op import dx_mean_velocity, dx_mean_velocity_loss, dx_rollout, dx_velocity
 from .gm.op import gm_mean_velocity, gm_mean_velocity_loss, gm_rollout, gm_velocity
 
@@ -70,17 +70,47 @@ def warmup(
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
-    if operator not in OPERATORS:
+    if not isinstance(operator, str) or operator not in OPERATORS:
         raise ValueError(f"operator: expected one of {', '.join(OPERATORS)}, got {operator!r}")
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
+    if not isinstance(spatial, tuple | list) or not 1 <= len(spatial) <= 3:
+        raise ValueError(f"spatial: expected one to three axes, such as (128, 128), got {spatial!r}")
+    spatial = tuple(spatial)
+    if dtype not in NETWORK_DTYPES:
+        raise ValueError(
+            f"dtype: expected torch.float32, torch.bfloat16, torch.float16 or torch.float64, got {dtype!r}"
+        )
+    check_flag("backward", backward)
+    if not isinstance(device, str | torch.device):
+        raise ValueError(f"device: expected a torch.device or its name, got {device!r}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {device!r} is none that torch has here: {error}") from error
     counts = {"components": components, "channels": channels, "batch": batch, "substeps": substeps}
     for name, value in (*counts.items(), *(("spatial", size) for size in spatial)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-    policy = operator[:2]
-    network, weights, state = sizes_of(layout, policy, batch, components, channels, spatial)
+    network, weights, state = sizes_of(layout, operator[:2], batch, components, channels, spatial)
 
+    with torch.inference_mode(False), torch.set_grad_enabled(backward):
+        run_once(operator, network, weights, state, batch, substeps, dtype, device, layout, backend, backward)
+
+
+def run_once(
+    operator: str,
+    network: tuple[int, ...],
+    weights: tuple[int, ...],
+    state: tuple[int, ...],
+    batch: int,
+    substeps: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    layout: Layout,
+    backend: Backend | None,
+    backward: bool,
+) -> None:
     def zeros(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device, requires_grad=backward)
 
@@ -90,13 +120,12 @@ def warmup(
     if operator.endswith("velocity") and "mean" not in operator:
         levels = level
     arguments: tuple[Tensor, ...]
-    if policy == "gm":
+    if operator.startswith("gm"):
         arguments = (x, levels, x, level, zeros(network, dtype), zeros((batch,)), zeros(weights, dtype))
     else:
         arguments = (x, levels, x, level, zeros(network, dtype), level, level)
     if operator.endswith("loss"):
         arguments = (*arguments, zeros(state))
-    with torch.set_grad_enabled(backward):
-        result = OPERATORS[operator](*arguments, layout=layout, backend=backend)
+    result = OPERATORS[operator](*arguments, layout=layout, backend=backend)
     if backward:
         result.backward(torch.ones_like(result))

@@ -31,9 +31,9 @@ class Family:
     """Constants for one family of GPUs.
 
     lanes: threads of a warp. gram_warps, gram_backward_warps: warps of a Gram-space program, a pixel to a thread.
-    channel_elements: velocities of a pixel to a
-    lane in channel space. streamed_elements, streamed_backward_elements: of each
-    C_TILE x BLOCK tile, to a lane. dx_block, dx_warps: elements and warps of a DX program.
+    channel_elements: velocities of a pixel to a lane in channel space. streamed_elements, streamed_backward_elements:
+    of each C_TILE x BLOCK tile to a lane. dx_block, dx_warps: elements and warps of a DX program. max_registers: of a
+    thread in the GM kernels; given, it keeps ptxas from spilling for the sake of an occupancy that no rule wants.
     """
 
     lanes: int = 32

@@ -52,10 +52,17 @@ def vmap_over_samples(overload: Any) -> Callable[..., tuple[Any, Any]]:
             mapped = value.expand(size, *value.shape) if axis is None else value.movedim(axis, 0)
             return mapped.flatten(0, 1)
 
-        result = overload(*(join(value, axis) for value, axis in zip(args, in_dims)))
+        joined = [join(value, axis) for value, axis in zip(args, in_dims)]
+        first, axis = next((value, axis) for value, axis in zip(args, in_dims) if isinstance(value, Tensor))
+        samples = (first if axis is None else first.movedim(axis, -1)).shape[0]
+
+        def split(part: Tensor) -> Tensor:  # all results of an operator have the samples in front
+            return part.unflatten(0, (size, part.shape[0] // size if size else samples))
+
+        result = overload(*joined)
         if isinstance(result, Tensor):
-            return result.unflatten(0, (size, -1)), 0
-        return tuple(part.unflatten(0, (size, -1)) for part in result), tuple(0 for _ in result)
+            return split(result), 0
+        return tuple(split(part) for part in result), tuple(0 for _ in result)
 
     return rule
 
@@ -116,8 +123,8 @@ def differentiable(
             return tuple(result)
 
     Differentiable.forward = staticmethod(forward)  # type: ignore[method-assign]
-    # Dynamo calls the operator itself where it sees nothing that requires gradients, as in the compiled
-    # torch.func.grad: without a derivative of its own its gradients would be zero there.
+    # Dynamo calls the operator itself where it sees nothing that requires gradients, as in a compiled torch.func.grad.
+    # Without a derivative of its own its gradients would silently be zero there; with it, Dynamo refuses.
     torch.library.register_autograd(
         f"{NAMESPACE}::{name}", Differentiable.backward, setup_context=Differentiable.setup_context, lib=LIBRARY
     )

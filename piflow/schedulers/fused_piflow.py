@@ -21,7 +21,8 @@ class FusedPiflowScheduler(PiflowScheduler):
     Made by `FusedPiflowScheduler.from_config(pipe.scheduler.config)`; configuration, schedule, step index rules and
     errors are those of the class that it replaces, results agree to 1e-5. Noise levels and substep counts come from
     float32 by the same operations in the same order (half-to-even rounding, repeated subtraction), coefficients from
-    those in float64. All is prepared in `set_timesteps` on the CPU, so that `step` does not synchronise a GPU.
+    those in float64. All is prepared in `set_timesteps` on the CPU, so that `step` does not synchronise a GPU; what is
+    changed afterwards by hand has no effect. Where gradients are asked for, `step` is PiflowScheduler's own.
     """
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
@@ -56,6 +57,8 @@ class FusedPiflowScheduler(PiflowScheduler):
         return super()._step_index_for(timestep)
 
     def _policy_step(self, model_output: Tensor, sample: Tensor, step_index: int) -> Tensor:
+        if torch.is_grad_enabled() and (model_output.requires_grad or sample.requires_grad):
+            return super()._policy_step(model_output, sample, step_index)  # differentiable, as one expects of it
         self._to_grid(model_output, sample)  # its checks
         n_channels = sample.shape[-1]
         state, output = sample.reshape(-1, n_channels), model_output.reshape(-1, self.n_grid * n_channels)

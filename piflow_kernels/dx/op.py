@@ -145,7 +145,8 @@ def dx_velocity(
 
     Args:
         x_t: state (B, C, *S) with one to three spatial axes, or (B, *S, C) in the packed layout; float32 (float64 on
-        the CPU). sigma_t: noise level in [0, 1], (B,) or broadcastable to (B, 1, ...).
+            the CPU).
+        sigma_t: noise level in [0, 1], (B,) or broadcastable to (B, 1, ...).
         x_src, sigma_src: state and noise level at which the network was evaluated.
         grid: velocities as the network predicts them, (B, N, C, *S) or packed (B, *S, N, C); index 0 of a grid is the
             segment's end; float32, bfloat16, float16 (or float64).

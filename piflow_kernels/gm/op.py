@@ -166,7 +166,8 @@ def gm_velocity(
 
     Args:
         x_t: state (B, C, *S) with one to three spatial axes, or (B, T, C p) in the packed layout; float32 (float64 on
-        the CPU). sigma_t: noise level in [0, 1], (B,) or broadcastable to (B, 1, ...); may lie above sigma_src.
+            the CPU).
+        sigma_t: noise level in [0, 1], (B,) or broadcastable to (B, 1, ...); may lie above sigma_src.
         x_src, sigma_src: state and noise level at which the network was evaluated.
         means: component means in velocity space as the network predicts them, (B, K, C, *S) or packed (B, T, K, C p)
             with channel index c p + sub-pixel; float32, bfloat16, float16 (or float64).

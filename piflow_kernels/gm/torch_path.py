@@ -371,7 +371,7 @@ def gm_integrate(
         else:
             error = value.sub_(flat(part.region.of(target, 2), 2, value.dtype))
             result[part.region.samples] += error.square_().sum((1, 2))
-    return result if target is None else result / max(x_start[:1].numel(), 1)
+    return result if target is None else result / x_start[:1].numel()
 
 
 class Adjoints(NamedTuple):

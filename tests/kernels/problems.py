@@ -58,6 +58,21 @@ def dx_problem(
     return {**problem, "segment_size": torch.linspace(0.9, 0.5, batch), "shift": 3.2}
 
 
+def in_single(
+    problem: dict[str, Any], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> dict[str, Any]:
+    """States and scalars in float32, network outputs in `dtype`."""
+    network = ("means", "logweights", "grid")
+    return {
+        name: value.to(device, dtype if name in network else torch.float32) if isinstance(value, Tensor) else value
+        for name, value in problem.items()
+    }
+
+
+def in_double(problem: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.double() if isinstance(value, Tensor) else value for name, value in problem.items()}
+
+
 def values_and_gradients(
     operator: Callable[..., Tensor], problem: dict[str, Any], names: list[str], **kwargs: Any
 ) -> list[Tensor]:

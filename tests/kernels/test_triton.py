@@ -26,6 +26,8 @@ from tests.kernels.problems import (
     dx_problem,
     extreme_problem,
     gm_problem,
+    in_double,
+    in_single,
     values_and_gradients,
 )
 
@@ -36,19 +38,6 @@ pytest.importorskip("triton")
 def interpreter() -> Iterator[Interpreter]:
     with Interpreter() as interpreter:
         yield interpreter
-
-
-def in_single(problem: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """States in float32, network outputs in `dtype`."""
-    network = ("means", "logweights", "grid")
-    return {
-        name: value.to(dtype if name in network else torch.float32) if isinstance(value, torch.Tensor) else value
-        for name, value in problem.items()
-    }
-
-
-def in_double(problem: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in problem.items()}
 
 
 def assert_as_good_as_the_textbook(
@@ -156,15 +145,21 @@ def test_memory_of_the_backward_pass() -> None:
     assert gm_launch.history_values("gram", 8, 16, 128) == 8 * 126
 
 
-@pytest.mark.parametrize("sigma", [0.3, 0.99])
-def test_gm_velocity(interpreter: Interpreter, sigma: float) -> None:
-    """Also above sigma_src, where the posterior's denominator is clamped."""
-    problem = gm_problem(batch=1, k=5, c=4)
+def narrow(problem: dict[str, Any]) -> dict[str, Any]:
+    """Components close to each other, as networks predict them; the textbook's own gradients stay accurate there."""
+    return {**problem, "means": 0.3 * problem["means"]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sigma", [0.0, 1e-4, 0.3, 0.99, 1.0])
+def test_gm_velocity(interpreter: Interpreter, sigma: float, dtype: torch.dtype) -> None:
+    """Down to sigma 0, and above sigma_src, where the posterior's denominator is clamped."""
+    problem = narrow(gm_problem(batch=1, k=5, c=4))
     problem["x_t"] = problem.pop("x_start")
     del problem["sigmas"]
     problem |= {"sigma_t": torch.tensor([sigma]), "sigma_src": torch.tensor([0.5])}
     leaves = ["x_t", *GM_LEAVES[1:]]
-    assert_as_good_as_the_textbook(interpreter, "gm_velocity", in_single(problem), leaves, 1)
+    assert_as_good_as_the_textbook(interpreter, "gm_velocity", in_single(problem, dtype), leaves, 1)
 
 
 @pytest.mark.parametrize("logstd", [-8.0, 2.0])
@@ -173,9 +168,53 @@ def test_extreme_standard_deviations(interpreter: Interpreter, logstd: float) ->
     assert (interpreter("gm_rollout", single, ["x_start"])[0] - expected).abs().max() <= bound
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("k", "c"), [(8, 16), (12, 5), (9, 33)])
+@pytest.mark.parametrize("logstd", [-8.0, 2.0])
+def test_gradients_at_extreme_standard_deviations(
+    interpreter: Interpreter, logstd: float, k: int, c: int, dtype: torch.dtype
+) -> None:
+    problem = in_single(narrow(gm_problem(k=k, c=c, spatial=(4, 3), n_steps=3, logstd=logstd)), dtype)
+    assert_as_good_as_the_textbook(interpreter, "gm_mean_velocity", problem, GM_LEAVES, 3)
+
+
+@pytest.mark.parametrize(("k", "c", "spatial"), [(1, 1, (1,)), (8, 16, (1,)), (12, 5, (3,)), (9, 33, (2,))])
+def test_a_window_that_stands_still(interpreter: Interpreter, k: int, c: int, spatial: tuple[int, ...]) -> None:
+    """Equal levels: the state stays, and its mean velocity is the velocity there."""
+    problem = in_single(narrow(gm_problem(k=k, c=c, spatial=spatial, n_steps=3)))
+    problem["sigmas"] = problem["sigmas"][:, :1].expand(-1, 4)
+    assert_as_good_as_the_textbook(interpreter, "gm_rollout", problem, GM_LEAVES, 3)
+    assert_as_good_as_the_textbook(interpreter, "gm_mean_velocity", problem, GM_LEAVES, 3)
+
+
+def test_strided_and_expanded_inputs(interpreter: Interpreter) -> None:
+    """Every second value of a wider tensor; one state, one mean and one set of logweights for all pixels."""
+    problem = in_single(narrow(gm_problem(k=4, c=5, spatial=(4, 6))))
+    grid = in_single(dx_problem(n_grid=4, c=5, spatial=(4, 6)))
+    for leaf in ("x_start", "x_src", "means", "logweights"):
+        for changed in (
+            problem[leaf].repeat_interleave(2, dim=-1)[..., ::2],
+            problem[leaf][..., :1, :1].expand_as(problem[leaf]),
+        ):
+            assert not changed.is_contiguous()
+            given = {**problem, leaf: changed}
+            assert_as_good_as_the_textbook(interpreter, "gm_rollout", given, GM_LEAVES, 6)
+            if leaf.startswith("x"):
+                assert_as_good_as_the_textbook(interpreter, "dx_rollout", {**grid, leaf: changed}, DX_LEAVES, 6)
+
+
+@pytest.mark.parametrize("n_grid", [1, 4])
+def test_dx_velocities_of_one_pixel_in_float16(interpreter: Interpreter, n_grid: int) -> None:
+    problem = in_single(dx_problem(n_grid=n_grid, c=3, spatial=(1,)), torch.float16)
+    local = torch.tensor([True, False])
+    assert_as_good_as_the_textbook(interpreter, "dx_mean_velocity", problem, DX_LEAVES, 6, local=local)
+    problem["x_t"], problem["sigma_t"] = problem.pop("x_start"), problem.pop("sigmas")[:, 2]
+    assert_as_good_as_the_textbook(interpreter, "dx_velocity", problem, ["x_t", "x_src", "grid"], 1)
+
+
 @pytest.mark.parametrize("mode", ["grid", "polynomial"])
 @pytest.mark.parametrize("spatial", [(5,), (3, 5), (2, 3, 4)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dx_rollout(interpreter: Interpreter, mode: str, spatial: tuple[int, ...], dtype: torch.dtype) -> None:
     problem = in_single(dx_problem(spatial=spatial), dtype)
     assert_as_good_as_the_textbook(interpreter, "dx_rollout", problem, DX_LEAVES, 6, mode=mode)
@@ -191,6 +230,9 @@ def test_packed_tokens_are_read_through_strides(interpreter: Interpreter) -> Non
         **{name: problem[name].permute(0, 2, 1, 3).flatten(2) for name in ("x_start", "x_src")},
     }
     assert_as_good_as_the_textbook(interpreter, "gm_rollout", packed, GM_LEAVES, 6, layout="packed")
+    packed = in_single({**packed, "target": 0.5 * packed["x_src"].flip(0)}, torch.bfloat16)
+    leaves = [*GM_LEAVES, "target"]
+    assert_as_good_as_the_textbook(interpreter, "gm_mean_velocity_loss", packed, leaves, 6, layout="packed")
 
     grid = in_single(dx_problem(spatial=(3, 2, 4)))
     tokens = {**grid, "grid": grid["grid"].movedim((1, 2), (-2, -1)).contiguous()}

@@ -118,3 +118,18 @@ def test_config_round_trip(tmp_path: Any) -> None:
     ours.save_pretrained(tmp_path)
     again = FusedPiflowScheduler.from_pretrained(tmp_path)
     assert (again.config.shift, again.n_grid) == (3.0, 4)
+
+
+@pytest.mark.parametrize("which", ["model_output", "sample"])
+def test_same_gradients(which: str) -> None:
+    """Where a caller differentiates through a step, as diffusers allows."""
+    g = torch.Generator().manual_seed(0)
+    tensors = {"model_output": torch.randn(2, 6, 40, generator=g), "sample": torch.randn(2, 6, 4, generator=g)}
+    tensors[which].requires_grad_()
+    gradients = []
+    for scheduler in both(num_policy_substeps=16):
+        scheduler.set_timesteps(2)
+        state = scheduler.step(tensors["model_output"], scheduler.timesteps[0], tensors["sample"]).prev_sample
+        gradients.append(torch.autograd.grad(state.square().sum(), tensors[which])[0])
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].any()
