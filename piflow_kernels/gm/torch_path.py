@@ -26,6 +26,8 @@ Half of a second-level cache would be read faster, but threads that meet after e
 """
 SLICE_ELEMENTS = 1 << 15
 """Elements, per block, from which on an operation's own time outweighs the overhead of calling it."""
+RESIDENT_ELEMENTS = 1 << 18
+"""Elements of what many operations in a row add to: 1 MB in float32 stays in the second-level caches."""
 
 
 def gram_space_is_cheaper(n_components: int, n_channels: int, n_substeps: int) -> bool:
@@ -38,6 +40,16 @@ class Block(NamedTuple):
     """Component velocities about their mean, and what else a rollout starts from."""
 
     vt: Tensor
+    vbar: Tensor
+    logweights: Tensor
+    x_src: Tensor
+    delta: Tensor
+
+
+class BlockAdjoints(NamedTuple):
+    """Those of a block's arrays."""
+
+    vt: OuterProducts
     vbar: Tensor
     logweights: Tensor
     x_src: Tensor
@@ -141,6 +153,44 @@ class SumOfProducts:
         return out
 
 
+class OuterProducts:
+    """An adjoint of the velocities that is never stored: sum_j w_j v_j + r vt with w_j, r (B, K, P) and v_j (B, C, P).
+
+    It is taken up slice by slice of the components, each of which stays in cache over all terms.
+    """
+
+    def __init__(self, terms: list[tuple[Tensor, Tensor]], vt: Tensor, own: Tensor) -> None:
+        self.terms, self.vt, self.own = terms, vt, own
+
+    def sum(self) -> Tensor:
+        """Over the components, (B, C, P)."""
+        total = SumOfProducts(self.vt, self.own[:, :, None], 1).into(torch.empty_like(self.vt[:, 0]))
+        for weights, vector in self.terms:
+            total.addcmul_(weights.sum(1, keepdim=True), vector)
+        return total
+
+    def write(self, out: Tensor, offset: Tensor) -> None:
+        """Write it plus `offset` (B, C, P) to out (B, K, C, *S) of any layout and dtype."""
+        spatial, dtype = out.shape[3:], self.vt.dtype
+        thickness = max(RESIDENT_ELEMENTS // max(offset.numel(), 1), 1)
+        expanded = [
+            (weights.unflatten(2, spatial)[:, :, None], vector.unflatten(2, spatial)[:, None])
+            for weights, vector in self.terms
+        ]
+        own, vt = self.own.unflatten(2, spatial)[:, :, None], self.vt.unflatten(3, spatial)
+        first = offset.unflatten(2, spatial)[:, None]
+        direct = out.dtype == dtype and out[0, 0, 0].is_contiguous()  # else all terms would go through its strides
+        for k in range(0, out.shape[1], thickness):
+            part = slice(k, k + thickness)
+            written = out[:, part]
+            total = written if direct else self.vt.new_empty(written.shape)
+            torch.addcmul(first, own[:, part], vt[:, part], out=total)
+            for weights, vector in expanded:
+                total.addcmul_(weights[:, part], vector)
+            if total is not written:
+                written.copy_(total)
+
+
 def softmax_terms(logits: Tensor) -> Tensor:
     """Overwrites logits (B, K, P) by e with softmax = e / sum_k e_k and returns the sum, (B, 1, P).
 
@@ -216,7 +266,7 @@ class GramSpace(Space):
         self.b = b.clone()
         return self.combine.into(torch.empty_like(self.vector))
 
-    def backward(self, y_bar: Tensor) -> tuple[Block, Tensor]:
+    def backward(self, y_bar: Tensor) -> tuple[BlockAdjoints, Tensor]:
         """Given the adjoint of y_N, those of the block's arrays and of the steps (B, N, 7)."""
         block, l_bar = self.block, self.weights
         self.vector.copy_(y_bar)
@@ -235,21 +285,19 @@ class GramSpace(Space):
         flat_bars = l_bars.flatten(2)
         features_bar = torch.bmm(self.feature_weights.mT, flat_bars).unflatten(2, b_bar.shape[1:])
         logweights_bar, h_bar, hd_bar, m_bar, q_bar = features_bar.unbind(1)
-        vt_bar = self.b[:, :, None] * y_bar[:, None]
-        states_bar = []
+        terms, states_bar = [(self.b, y_bar)], []
         for k_bar, state in ((h_bar, block.x_src), (hd_bar, block.delta), (m_bar, block.vbar)):
-            vt_bar.addcmul_(k_bar[:, :, None], state[:, None])
+            terms.append((k_bar, state))
             self.weights.copy_(k_bar)
             states_bar.append(self.combine.into(torch.empty_like(state)))
-        vt_bar.addcmul_(q_bar[:, :, None], block.vt, value=2)
         symmetric = gram_bar + gram_bar.transpose(1, 2)
-        for column, velocity in zip(symmetric.unbind(2), block.vt.unbind(1)):
-            vt_bar.addcmul_(column[:, :, None], velocity[:, None])
+        terms += zip(symmetric.unbind(2), block.vt.unbind(1))
+        vt_bar = OuterProducts(terms, block.vt, 2 * q_bar)
         x_src_bar, delta_bar, vbar_bar = states_bar
         through_features = torch.bmm(flat_bars, self.features[:, 1:].flatten(2).mT)
         through_b = [inner(b_bars, self.bs), inner(b_bars, self.ws)]
         steps_bar = torch.cat([*through_b, through_features, inner(gram_ls, self.bs)], dim=-1)
-        return Block(vt_bar, vbar_bar, logweights_bar, x_src_bar, delta_bar), steps_bar
+        return BlockAdjoints(vt_bar, vbar_bar, logweights_bar, x_src_bar, delta_bar), steps_bar
 
 
 class ChannelSpace(Space):
@@ -282,11 +330,12 @@ class ChannelSpace(Space):
             y.mul_(gain).addcmul_(self.combine.into(mixed), gift / total)
         return y
 
-    def backward(self, y_bar: Tensor) -> tuple[Block, Tensor]:
+    def backward(self, y_bar: Tensor) -> tuple[BlockAdjoints, Tensor]:
         """Given the adjoint of y_N, those of the block's arrays and of the steps (B, N, 7)."""
-        vt, l_bar, w_bar = self.block.vt, self.weights, torch.empty_like(self.weights)
+        l_bar, w_bar = self.weights, torch.empty_like(self.weights)
         y_bars, z_bars, l_bars = self.history(y_bar), self.history(y_bar), self.history(self.q)
-        gift_bars, vt_bar = self.history(self.q[:, :1]), torch.zeros_like(vt)
+        terms: list[tuple[Tensor, Tensor]] = []
+        gift_bars = self.history(self.q[:, :1])
         for n in reversed(range(len(self.scalars))):
             gain, gift, *_, p_gram = self.scalars[n]
             w = self.ws[:, n]
@@ -295,19 +344,19 @@ class ChannelSpace(Space):
             mean = torch.sum(torch.mul(w, w_bar, out=l_bar), 1, keepdim=True, out=gift_bars[:, n])
             l_bars[:, n] = torch.mul(w, w_bar.sub_(mean), out=l_bar).mul_(gift)
             z_bar = self.combine.into(z_bars[:, n])
-            vt_bar.addcmul_((w * gift)[:, :, None], y_bar[:, None]).addcmul_(l_bar[:, :, None], self.zs[:, n, None])
+            terms += [(w.mul_(gift), y_bars[:, n]), (l_bars[:, n], self.zs[:, n])]
             y_bar = (y_bar * gain).addcmul_(z_bar, p_gram)
 
         flat_z, flat_l = z_bars.flatten(2), l_bars.flatten(2)
         q_bar = torch.bmm(self.steps[..., 5:6].mT, flat_l).view_as(self.q)
-        vt_bar.addcmul_(q_bar[:, :, None], vt, value=2)
+        vt_bar = OuterProducts(terms, self.block.vt, 2 * q_bar)
         states_bar = torch.bmm(self.steps[..., 2:5].mT, flat_z).unflatten(2, y_bar.shape[1:])
         x_src_bar, delta_bar, vbar_bar = states_bar.unbind(1)
         through_y = [inner(y_bars, self.ys), gift_bars.sum((2, 3))[..., None]]
         through_states = torch.bmm(flat_z, self.states[:, :3].flatten(2).mT)
         through_q = torch.bmm(flat_l, self.q.flatten(1)[..., None])
         steps_bar = torch.cat([*through_y, through_states, through_q, inner(z_bars, self.ys)], dim=-1)
-        return Block(vt_bar, vbar_bar, l_bars.sum(1), x_src_bar, delta_bar), steps_bar
+        return BlockAdjoints(vt_bar, vbar_bar, l_bars.sum(1), x_src_bar, delta_bar), steps_bar
 
 
 class Part(NamedTuple):
@@ -419,9 +468,8 @@ def gm_integrate_backward(
         bar, steps_bar = space.backward(o_y * g)
         region.write(result.x_start, bar.delta.addcmul(g, o_d), 2)
         region.write(result.x_src, (bar.x_src - bar.delta).addcmul_(g, o_src), 2)
-        centre = bar.vbar.addcmul(g, o_beta).sub_(bar.vt.sum(1)).div_(means.shape[1])
-        written = region.of(result.means, 3)
-        torch.add(bar.vt.view(written.shape), centre.view(written[:, :1].squeeze(1).shape)[:, None], out=written)
+        centre = bar.vbar.addcmul(g, o_beta).sub_(bar.vt.sum()).div_(means.shape[1])
+        bar.vt.write(region.of(result.means, 3), centre)
         region.write(result.logweights, bar.logweights / temperature, 3)
         states = (block.x_src, block.delta, block.vbar, y)
         result.coefficients.steps[region.samples] += steps_bar
