@@ -32,7 +32,15 @@ print(json.dumps(sorted(loaded - {'torch'})))
 
 @pytest.mark.parametrize(
     "module",
-    ["piflow_kernels", "piflow", "piflow.policies", "piflow.distillation", "piflow.sampler", "piflow.schedulers"],
+    [
+        "piflow_kernels",
+        "piflow",
+        "piflow.policies",
+        "piflow.distillation",
+        "piflow.sampler",
+        "piflow.schedulers",
+        "piflow.models",
+    ],
 )
 def test_imports_without_extras_and_without_a_device(module: str) -> None:
     """As on a machine where nothing but torch is installed: triton and every extra are made unfindable."""

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from piflow.digits.folders import load_network, make_folder, move_aside
 from piflow.digits.report import ReportSettings, Sampler, Student, write_report
-from piflow.models.dit import GMDiTTransformer2DModelV2, GMOutput
+from piflow.models.dit import GMDiTTransformer2DModelV2
+from piflow.models.heads import GMOutput
 from piflow.noise_schedule import NoiseSchedule
 from piflow.sampler import gm_policy_fn, sample
 from piflow.training.config import DistillationConfig, TeacherConfig, TrainConfig, load_config
