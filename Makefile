@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Quantised bases are tested in processes of their own: where these packages are installed, every import is slow and noisy.
+QUANTIZATION := $(VENV)/quantization
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check test-long bench gpu lint clean
@@ -19,6 +21,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[all]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(QUANTIZATION) bitsandbytes torchao gguf
 	@touch $(STAMP)
 
 demo: setup ## distil the digits teacher with pi-ID on ZeRO-3, sample, measure: report and pictures in outputs/digits

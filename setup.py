@@ -8,7 +8,15 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "piflow" / "__init__.py").read_text())[1]
 
-DIFFUSERS = ["diffusers>=0.42,<0.43", "transformers>=5,<6", "accelerate>=1.10", "peft>=0.21", "safetensors>=0.6"]
+DIFFUSERS = [
+    "diffusers>=0.42,<0.43",
+    "transformers>=5,<6",
+    "accelerate>=1.10",
+    "peft>=0.21",
+    "safetensors>=0.6",
+    "huggingface_hub>=1",
+    "typer>=0.20",  # the `piflow` command
+]
 TRAINING = [
     *DIFFUSERS,
     "deepspeed>=0.19.8",
@@ -20,6 +28,7 @@ TRAINING = [
     "tensorboard>=2.18",
 ]
 EVALUATION = [*DIFFUSERS, "scikit-learn>=1.5", "scipy>=1.13", "matplotlib>=3.9", "rich>=13"]
+QUANTIZATION = ["bitsandbytes>=0.50", "torchao>=0.18", "gguf>=0.19"]  # bases only; installed, they slow every import
 APPS = [*DIFFUSERS, "rich>=13"]
 DEVELOPMENT = [
     "numpy",
@@ -52,9 +61,11 @@ setup(
         "training": TRAINING,
         "evaluation": EVALUATION,
         "apps": APPS,
+        "quantization": QUANTIZATION,
         "dev": DEVELOPMENT,
         "all": sorted({*TRAINING, *EVALUATION, *APPS, *DEVELOPMENT}),
     },
+    entry_points={"console_scripts": ["piflow=piflow.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
