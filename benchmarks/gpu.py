@@ -14,9 +14,7 @@ import argparse
 import functools
 import gc
 import json
-import platform
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +28,7 @@ from triton.testing import do_bench
 
 import piflow_kernels as pk
 from benchmarks.launch_table import search
+from benchmarks.machine import machine
 from benchmarks.shapes import DX_SHAPES, GM_SHAPES, DXShape, GMShape, Work, dx_work, gm_work
 from tests.kernels.problems import (
     DX_LEAVES,
@@ -43,23 +42,6 @@ from tests.kernels.problems import (
 
 QUANTILES = (0.2, 0.5, 0.8)
 ROUNDS = 3
-
-
-def machine() -> dict[str, Any]:
-    """What a reader needs to place a figure."""
-    facts = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-    facts |= {"fp_fusion": triton.knobs.language.default_fp_fusion}
-    if not torch.cuda.is_available():
-        return facts | {"gpu": "none"}
-    query = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", str(torch.cuda.current_device())]
-    try:
-        values = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split(", ")
-    except (OSError, subprocess.CalledProcessError):
-        values = [torch.cuda.get_device_name()]
-    return (
-        facts | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} | dict(zip(query.split(","), values))
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -356,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("no GPU is to be seen; TRITON_INTERPRET=1 with --device cpu --only correctness runs without one")
     if options.device == "cpu" and options.only != ["correctness"]:
         parser.error("--device cpu runs nothing but --only correctness")
-    facts = machine()
+    facts = machine() | {"fp_fusion": triton.knobs.language.default_fp_fusion}
     folder = options.out / re.sub(r"[^a-z0-9]+", "-", facts["gpu"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
 
