@@ -24,7 +24,7 @@ def load(
 
 
 def generate(pipe: PiFluxPipeline, prompt: str | None = PROMPT, **arguments: Any) -> Image.Image:
-    """An image; a temperature would change nothing."""
+    """An image; there is no mixture for a temperature to sharpen."""
     arguments = {"width": 1360, "height": 768, "num_inference_steps": 4, **arguments}
     return pipe(prompt, generator=torch.Generator().manual_seed(42), **arguments).images[0]
 

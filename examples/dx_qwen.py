@@ -24,7 +24,7 @@ def load(
 
 
 def generate(pipe: PiQwenImagePipeline, prompt: str | None = PROMPT, **arguments: Any) -> Image.Image:
-    """An image; a temperature would change nothing."""
+    """An image; there is no mixture for a temperature to sharpen."""
     arguments = {"width": 1664, "height": 928, "num_inference_steps": 4, **arguments}
     return pipe(prompt, generator=torch.Generator().manual_seed(42), **arguments).images[0]
 

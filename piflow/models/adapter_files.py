@@ -94,6 +94,8 @@ def read_adapter(
                 "safetensors are. Convert it, or pass allow_pickle=True if you trust where it comes from."
             )
         tensors, metadata = _read_pickled(fetch(name)), {}
+    if several := next((k for k, v in tensors.items() if k.endswith(".alpha") and v.numel() != 1), None):
+        raise ValueError(f"{source}: {several}: expected one number, got {tuple(tensors[several].shape)}.")
     is_lora = {name: ".lora_" in name for name in tensors}
     return Adapter(
         source=source,
@@ -155,7 +157,7 @@ def _weight_files(fetch: Fetch) -> list[Path]:
     except FileNotFoundError:
         return []
     shards = _read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise ValueError(f"{index}: expected a `weight_map`, {{tensor: file}}.")
     return [fetch(name) for name in sorted(set(shards.values()))]
 

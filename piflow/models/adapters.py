@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, group_offloading
+from diffusers.hooks.layerwise_casting import _LAYERWISE_CASTING_HOOK, apply_layerwise_casting_hook
 from diffusers.loaders.lora_base import _func_optionally_disable_offloading
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -34,7 +36,7 @@ from torch import nn
 from piflow import models
 from piflow.models.adapter_files import CONFIG, Adapter, read_adapter
 from piflow.models.heads import base_of, cast_input
-from piflow.models.sharing import copy_attributes, graft, is_hooked, layer_at, layers_of, shape_of
+from piflow.models.sharing import copy_attributes, graft, is_hooked, layer_at, layers_of, shape_of, twin, without_lora
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,8 @@ class Family:
     base: Any
     students: dict[str, Any] = field(default_factory=dict)
     chosen: str | None = None
+    dtype: torch.dtype | None = None
+    """Of the tensors that all have, when an adapter was loaded or switched last."""
 
     def student(self, name: str | None) -> Any:
         name = name or self.chosen
@@ -119,7 +123,9 @@ def load_piflow_adapter(
     _check_not_fused(current)
     adapter = read_adapter(path_or_repo, subfolder=subfolder, **files)
     with _offloading_paused(owner, target_module_name):
+        _follow(family, family.base, current)
         student = build_student(family.base, adapter, name, lora_dtype)
+        _follow(family, student, family.base)
         _use(owner, target_module_name, student)
     family.students[name], family.chosen = student, name
     family.base.piflow_family = family
@@ -148,13 +154,14 @@ def unload_piflow_adapter(
     """Forget one student, or all of them. A pipeline goes back to the base, unless it uses another student."""
     family = _family(owner, target_module_name)
     leaving = dict(family.students) if adapter_name is None else {adapter_name: family.student(adapter_name)}
-    current = _transformer(owner, target_module_name)
-    used = _switch(owner, target_module_name, family.base) if current in leaving.values() else current
-    for name, student in leaving.items():
-        del family.students[name], student.piflow_family
+    used = _transformer(owner, target_module_name)
+    if any(_uncompiled(used) is _uncompiled(student) for student in leaving.values()):
+        used = _switch(owner, target_module_name, family.base)
+    for name in leaving:
+        del _uncompiled(family.students.pop(name)).piflow_family
     family.chosen = next(reversed(family.students), None)
     if not family.students:
-        del family.base.piflow_family
+        del _uncompiled(family.base).piflow_family
     return used
 
 
@@ -217,13 +224,13 @@ class PiFlowLoaderMixin:
             for name, student in students.items():
                 setattr(self, name, student)
         for student in students.values():
-            own = next(name for name, other in student.piflow_family.students.items() if other is student)
+            own = name_of(student)
             student.delete_adapters([name for name in getattr(student, "peft_config", {}) if name != own])
 
 
 def build_student(base: nn.Module, adapter: Adapter, adapter_name: str, lora_dtype: torch.dtype | None = None) -> Any:
     """The adapter's student over the base's tensors. Changes nothing of the base; errors as `load_piflow_adapter`."""
-    base = getattr(base, "_orig_mod", base)  # of torch.compile
+    base = _uncompiled(base)
     cls = student_class(adapter)
     if not isinstance(base, base_of(cls)) or hasattr(base, "install_head"):
         raise ValueError(
@@ -232,9 +239,12 @@ def build_student(base: nn.Module, adapter: Adapter, adapter_name: str, lora_dty
         )
     if any(parameter.is_meta for parameter in base.parameters()):
         raise ValueError(f"The weights of the {type(base).__name__} are offloaded: load the adapter before that.")
-    policy_config = _policy_config(cls, adapter)
+    policy_config = policy_config_for(cls, adapter.policy_config, adapter.source)
     config = {**_policy_keys(cls, policy_config), **adapter.config}
-    student = _empty(cls, config)
+    try:
+        student = _empty(cls, config)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"{adapter.source}/{CONFIG} makes no {cls.__name__}: {error}") from error
     check_fits(student, base, adapter)
     if flags := _differing_flags(student, base):
         student = _empty(cls, {**config, **flags})
@@ -249,6 +259,7 @@ def build_student(base: nn.Module, adapter: Adapter, adapter_name: str, lora_dty
         student.get_submodule(layer).register_forward_pre_hook(cast_input)
     for module in student.modules():
         module.training = base.training
+    _keep_lora(student, base)
     if adapter.lora:
         _add_lora(student, base, adapter, adapter_name, lora_dtype)
     student.policy_config = policy_config
@@ -271,6 +282,13 @@ def student_class(adapter: Adapter) -> Any:
         f"{adapter.source}/{CONFIG}: there is no class {name!r} in piflow.models"
         + (f"; did you mean {close[0]!r}?" if close else ".")
     )
+
+
+def name_of(student: Any) -> str | None:
+    """The name that a transformer was loaded under; None for one that is no student, or was not loaded."""
+    family: Family | None = getattr(student, "piflow_family", None)
+    students = {} if family is None else family.students
+    return next((name for name, other in students.items() if _uncompiled(other) is _uncompiled(student)), None)
 
 
 def head_of(student: nn.Module) -> Callable[[str], bool]:
@@ -301,6 +319,8 @@ def check_fits(student: nn.Module, base: nn.Module, adapter: Adapter) -> None:
         layer = layer_at(base, name.rpartition(".")[0])
         other = None if layer is None else shape_of(layer, name.rpartition(".")[2])
         if name in adapter.weights:
+            if not adapter.weights[name].is_floating_point():
+                raise ValueError(f"{adapter.source}: {name} is {adapter.weights[name].dtype}, not floating point.")
             if (given := tuple(adapter.weights[name].shape)) != shape:
                 raise ValueError(f"{adapter.source}: {name} is {given} in the weights, {CONFIG} makes it {shape}.")
         elif other != shape and of_the_head(name):
@@ -356,11 +376,16 @@ def is_dx(cls: type) -> bool:
     return cls.__name__.startswith("DX")
 
 
-def _policy_config(cls: type, adapter: Adapter) -> dict[str, Any]:
+def policy_config_for(cls: type, asked: dict[str, Any] | None, source: str | Path) -> dict[str, Any]:
+    """`asked`, with the policy of the student class where it does not say. ValueError for what cannot be."""
     kind = "DX" if is_dx(cls) else "GMFlow"
-    config = {"type": kind, **(adapter.policy_config or {})}
-    if not str(config["type"]).upper().startswith(kind[:2].upper()):
-        raise ValueError(f"{adapter.source} asks for the policy {config['type']!r}, but is a {cls.__name__}.")
+    config = {"type": kind, **(asked or {})}
+    if str(config["type"]).lower().removesuffix("policy") != kind.lower():
+        raise ValueError(f"{source} asks for the policy {config['type']!r}, but is a {cls.__name__}.")
+    for key in ("segment_size", "shift", "eps", "nfe"):
+        value = config.get(key)
+        if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+            raise ValueError(f"{source}: {key} in policy_config: expected a number above 0, got {value!r}.")
     return config
 
 
@@ -368,6 +393,24 @@ def _policy_keys(cls: type, policy_config: dict[str, Any]) -> dict[str, Any]:
     """The keys of a DX student's configuration that published ones hold in `policy_config`, by its names."""
     names = {"policy": "mode", "shift": "shift"} if is_dx(cls) else {}
     return {key: policy_config[name] for key, name in names.items() if name in policy_config}
+
+
+def _keep_lora(student: Any, base: nn.Module) -> None:
+    """The base's LoRAs on those layers that the student has of its own; a warning where they do not fit."""
+    left_out = []
+    for path, layer in base.named_modules():
+        parent, _, name = path.rpartition(".")
+        holder = layer_at(student, parent)
+        own = None if holder is None else holder._modules.get(name)
+        if not isinstance(layer, BaseTunerLayer) or isinstance(own, BaseTunerLayer):
+            continue
+        if holder is None or own is None or shape_of(own, "weight") != shape_of(without_lora(layer), "weight"):
+            left_out.append(path)
+            continue
+        holder._modules[name] = with_lora = twin(layer)
+        with_lora._modules["base_layer"] = own
+    if left_out:
+        log.warning("LoRAs of the base on %s are left out: the student has other output layers.", left_out)
 
 
 def _add_lora(student: Any, base: nn.Module, adapter: Adapter, name: str, dtype: torch.dtype | None) -> None:
@@ -435,17 +478,58 @@ def _check_not_fused(transformer: nn.Module) -> None:
         raise ValueError("LoRAs are fused into the weights, which base and students share: call unfuse_lora() first.")
 
 
+def _uncompiled(transformer: Any) -> Any:
+    return getattr(transformer, "_orig_mod", transformer)
+
+
 def _switch(owner: Any, name: str, incoming: Any) -> Any:
     outgoing = _transformer(owner, name)
-    if outgoing is incoming:
-        return incoming
+    if _uncompiled(outgoing) is _uncompiled(incoming):
+        return outgoing
     _check_not_fused(outgoing)
+    family: Family = outgoing.piflow_family
+    if (own := name_of(outgoing)) is not None:
+        family.students[own] = outgoing  # which the person may have compiled
     staying = getattr(outgoing, "peft_config", {}).keys() - getattr(incoming, "peft_config", {}).keys()
     if staying := staying - outgoing.piflow_family.students.keys():
         log.warning("The LoRAs %s stay with the transformer on which they were loaded.", sorted(staying))
     with _offloading_paused(owner, name):
+        _follow(family, incoming, outgoing)
         _use(owner, name, incoming)
     return incoming
+
+
+def _follow(family: Family, incoming: Any, outgoing: Any) -> None:
+    """Do to what only `incoming` has what was done, through `outgoing`, to the tensors of both.
+
+    It goes to their device. The base's own goes to their dtype too; a student's keeps its dtype.
+    """
+    shared = {id(tensor) for tensor in outgoing.parameters()}
+    both = [tensor for tensor in incoming.parameters() if id(tensor) in shared]
+    dtype = next((t.dtype for t in both if t.dtype.is_floating_point and t.dtype.itemsize > 1), None)
+    of_the_base = _uncompiled(incoming) is _uncompiled(family.base)
+    recast = {family.dtype: dtype} if of_the_base and None not in (family.dtype, dtype) else {}
+    for module in incoming.modules():
+        own = [t for t in module._parameters.values() if t is not None and id(t) not in shared]
+        if own and not hasattr(module, "_hf_hook") and not any(t.is_meta for t in own):
+            module.to(device=both[-1].device, dtype=recast.get(own[0].dtype))
+    family.dtype = dtype
+    _cast_by_layer(incoming, outgoing)
+
+
+def _cast_by_layer(incoming: Any, outgoing: Any) -> None:
+    """diffusers' layerwise casting changes the tensors of both in place, so that both need its hooks."""
+    theirs = dict(layers_of(_uncompiled(outgoing)))
+    for path, layer in layers_of(_uncompiled(incoming)):
+        other = theirs.get(path)
+        hook = None if other is None or other._parameters is not layer._parameters else _casting(other)
+        if hook is not None and _casting(layer) is None:
+            apply_layerwise_casting_hook(layer, hook.storage_dtype, hook.compute_dtype, hook.non_blocking)
+
+
+def _casting(layer: nn.Module) -> Any:
+    hooks = getattr(layer, "_diffusers_hook", None)
+    return None if hooks is None else hooks.get_hook(_LAYERWISE_CASTING_HOOK)
 
 
 def _use(owner: Any, name: str, transformer: Any) -> None:

@@ -14,17 +14,19 @@ from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from piflow.models.heads import (
     DXOutput,
     GMOutput,
-    check_count,
     check_policy,
     check_teacher,
     in_dtype_of,
     logstd_head,
+    start_logstd_head,
     widened,
 )
+from piflow.noise_schedule import check_whole
 
 TEACHER_CLASSES = ("DiTTransformer2DModel", "DiTTransformer2DModelMod")  # diffusers', and the published name
 
@@ -37,12 +39,7 @@ class _GivenConditioning(nn.Module):
 
 
 class _DiTStudent(DiTTransformer2DModel):
-    """What the students share: where the embedder stands, the way to the last tokens, what they take from a teacher.
-
-    All blocks share one embedder `emb`, with the timestep frequencies of the original DiT, 10000^(-i/128). With
-    `shared_embedding=False` each block has its own (`emb.0`, `emb.1`, ...), with 10000^(-i/127), as in diffusers' plain
-    DiT. The class table has one row more than `num_embeds_ada_norm`: the null class.
-    """
+    """What the students share: where the embedder stands, the way to the last tokens, what they take from a teacher."""
 
     _no_split_modules = ["BasicTransformerBlock"]  # noqa: RUF012 - as diffusers declares it elsewhere; DiT lacks it
 
@@ -153,7 +150,9 @@ class GMDiTTransformer2DModelV2(_DiTStudent):
         class_dropout_prob: float = 0.0,
         shared_embedding: bool = True,
     ) -> None:
-        check_count("num_gaussians", num_gaussians)
+        check_whole("num_gaussians", num_gaussians, least=1)
+        check_whole("gm_num_logstd_layers", gm_num_logstd_layers, least=1)
+        check_whole("logstd_inner_dim", logstd_inner_dim, least=1)
         super().__init__(
             num_attention_heads=num_attention_heads,
             attention_head_dim=attention_head_dim,
@@ -239,11 +238,7 @@ class GMDiTTransformer2DModelV2(_DiTStudent):
             student.proj_out_logweights.weight.zero_()
             student.proj_out_logweights.bias.zero_()
             if constant_logstd is None:
-                for layer in student.proj_out_logstds[1::2]:
-                    nn.init.xavier_uniform_(layer.weight, generator=generator)
-                    layer.bias.zero_()
-                student.proj_out_logstds[-1].weight.zero_()
-                student.proj_out_logstds[-1].bias.fill_(logstd)
+                start_logstd_head(student.proj_out_logstds, logstd, generator)
         return student
 
 
@@ -312,7 +307,7 @@ class DXDiTTransformer2DModel(_DiTStudent):
 
         So is each coefficient of a polynomial. `config` holds `policy` and `shift`; the weights are copies.
         """
-        check_count("n_grid", n_grid)
+        check_whole("n_grid", n_grid, least=1)
         student: Any = cls._with_body_of(teacher, {"n_grid": n_grid, "out_channels": None, **config})
         subpixels = student.patch_size**2
         with torch.no_grad():
@@ -326,11 +321,12 @@ def check_class_labels(class_labels: Tensor, classes: int, null_class: bool = Tr
     """ValueError for labels (B,) that are no integers, or naming the first outside [0, classes).
 
     The null class `classes` counts as inside with `null_class`. The range is checked neither on a GPU nor in a compiled
-    graph.
+    graph nor of fake tensors.
     """
     if class_labels.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"class_labels must be int64, got {class_labels.dtype}.")
-    if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    has_values = class_labels.device.type == "cpu" and not isinstance(class_labels, FakeTensor)
+    if has_values and not torch.compiler.is_compiling():
         wrong = class_labels[(class_labels < 0) | (class_labels >= classes + null_class)]
         if wrong.numel():
             takes = f"this network takes 0 to {classes - 1}" if null_class else f"data has 0 to {classes - 1}"

@@ -26,7 +26,6 @@ from piflow.models.heads import (
     GMOutput,
     Network,
     base_of,
-    check_count,
     check_policy,
     check_teacher,
     config_for,
@@ -34,6 +33,7 @@ from piflow.models.heads import (
     keep_precise,
     take_over,
 )
+from piflow.noise_schedule import check_whole
 
 
 def student_class(base: Any, policy: Literal["GM", "DX"]) -> type[Any]:
@@ -161,8 +161,8 @@ class _GMHead(_WidenedHead):
     @classmethod
     def width(cls, config: dict[str, Any]) -> int:
         """K velocities, K logweights and the log standard deviation."""
-        check_count("num_gaussians", config["num_gaussians"])
-        check_count("logweights_channels", config["logweights_channels"])
+        check_whole("num_gaussians", config["num_gaussians"], least=1)
+        check_whole("logweights_channels", config["logweights_channels"], least=1)
         per_component = config["velocity_channels"] + config["logweights_channels"]
         return config["num_gaussians"] * per_component + (config["constant_logstd"] is None)
 
@@ -200,7 +200,7 @@ class _GMHead(_WidenedHead):
         Arguments as in `PackedGMHead.from_teacher`; `config` holds what `student_class` lists.
         """
         config["num_gaussians"] = k = num_gaussians
-        check_count("num_gaussians", k)
+        check_whole("num_gaussians", k, least=1)
         p = config.get("logweights_channels", 1)
 
         def widen(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,7 +220,7 @@ class _DXHead(_WidenedHead):
     @classmethod
     def width(cls, config: dict[str, Any]) -> int:
         """N velocities."""
-        check_count("n_grid", config["n_grid"])
+        check_whole("n_grid", config["n_grid"], least=1)
         check_policy(config["policy"])
         return config["n_grid"] * config["velocity_channels"]
 
@@ -235,7 +235,7 @@ class _DXHead(_WidenedHead):
 
         As `PackedDXHead.from_teacher`; `config` holds what `student_class` lists.
         """
-        check_count("n_grid", n_grid)
+        check_whole("n_grid", n_grid, least=1)
         config["n_grid"] = n_grid
         return cls._widened(teacher, config, share, lambda w, b: (w.repeat(n_grid, 1, 1), b.repeat(n_grid, 1)))
 

@@ -20,6 +20,8 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Generator, Tensor, nn
 
+from piflow.noise_schedule import check_whole
+
 if TYPE_CHECKING:
 
     class Network(nn.Module):
@@ -62,6 +64,16 @@ def logstd_head(width: int, inner_width: int, n_layers: int) -> nn.Sequential:
     return nn.Sequential(*(layer for a, b in pairwise(widths) for layer in (nn.SiLU(), nn.Linear(a, b))))
 
 
+def start_logstd_head(layers: nn.Sequential, logstd: float, generator: Generator | None) -> None:
+    """Initialise a `logstd_head` so that it predicts `logstd` everywhere. Under `torch.no_grad`."""
+    linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    for layer in linear:
+        nn.init.xavier_uniform_(layer.weight, generator=generator)
+        nn.init.zeros_(layer.bias)
+    nn.init.zeros_(linear[-1].weight)
+    nn.init.constant_(linear[-1].bias, logstd)
+
+
 def append_conditioning(norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """Forward hook of `norm_out`(tokens, conditioning): the conditioning vector goes on as one more token.
 
@@ -79,6 +91,14 @@ def in_dtype_of(layer: Any, hidden: Tensor) -> Tensor:
 def cast_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
     """Forward pre-hook of a widened output layer: so it can be kept in float32 on a bfloat16 network."""
     return (in_dtype_of(layer, args[0]),)
+
+
+def widen_lora(student: Any, weights: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Load hook of a DX student: a LoRA that was made for its teacher's `proj_out` changes each velocity alike."""
+    n, width = student.config.n_grid, student.config.out_channels
+    for name, tensor in weights.items():
+        if name.startswith(f"{prefix}proj_out.lora_B.") and n * len(tensor) == width:
+            weights[name] = tensor.repeat(n, *[1] * (tensor.dim() - 1))
 
 
 class PackedGMHead(Network):
@@ -168,11 +188,7 @@ class PackedGMHead(Network):
             student.proj_out_logweights.weight.zero_()
             student.proj_out_logweights.bias.zero_()
             if student.config.constant_logstd is None:
-                for layer in student.proj_out_logstds[1::2]:
-                    nn.init.xavier_uniform_(layer.weight, generator=generator)
-                    layer.bias.zero_()
-                student.proj_out_logstds[-1].weight.zero_()
-                student.proj_out_logstds[-1].bias.fill_(logstd)
+                start_logstd_head(student.proj_out_logstds, logstd, generator)
         return student
 
 
@@ -189,6 +205,7 @@ class PackedDXHead(Network):
         """To be called at the end of `__init__`."""
         check_policy(self.config.policy)
         keep_precise(self, "proj_out")
+        self.register_load_state_dict_pre_hook(widen_lora)
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> DXOutput | tuple[Any, ...]:
         """grid (B, T, N, C p), for the arguments of the base class; a tuple, and more after it, as in a GM student."""
@@ -204,7 +221,7 @@ class PackedDXHead(Network):
         (r_s - r)^n (x_s - sigma v_n) to x_0, where no constant weights make nought of the bracket; at the teacher's
         output it is the estimate of x_0, free of noise. `share` and `config` as in a GM student.
         """
-        check_count("n_grid", n_grid)
+        check_whole("n_grid", n_grid, least=1)
         out_channels = n_grid * len(teacher.proj_out.weight)
         student = adopt(cls, teacher, {"n_grid": n_grid, "out_channels": out_channels, **config}, share)
         with torch.no_grad():
@@ -221,7 +238,7 @@ def widened(in_channels: int, out_channels: int | None, n_grid: int | None) -> t
     """
     if n_grid is None:
         n_grid = max((out_channels or in_channels) // in_channels, 1)
-    check_count("n_grid", n_grid)
+    check_whole("n_grid", n_grid, least=1)
     if out_channels in (None, in_channels):
         out_channels = n_grid * in_channels
     if out_channels != n_grid * in_channels:
@@ -255,12 +272,6 @@ def repeated(layer: nn.Linear, n: int) -> nn.Linear:
     return widened
 
 
-def check_count(name: str, number: int) -> None:
-    """ValueError unless `number` counts something."""
-    if number < 1:
-        raise ValueError(f"{name}: expected at least 1, got {number}")
-
-
 def check_policy(policy: str) -> None:
     """ValueError unless `policy` is one that DX knows."""
     if policy not in ("grid", "polynomial"):
@@ -270,7 +281,7 @@ def check_policy(policy: str) -> None:
 def check_head(config: Any) -> None:
     """ValueError for the configuration of a packed GM head that no weights fit."""
     for name in ("num_gaussians", "logweights_channels", "gm_num_logstd_layers", "logstd_inner_dim"):
-        check_count(name, getattr(config, name))
+        check_whole(name, getattr(config, name), least=1)
     if config.out_channels % config.logweights_channels:
         raise ValueError(
             f"logweights_channels: expected a divisor of out_channels = {config.out_channels}, the sub-pixels of a "

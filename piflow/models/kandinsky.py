@@ -8,7 +8,6 @@ from diffusers import Kandinsky6SRTransformer3DModel, Kandinsky6Transformer3DMod
 
 from piflow.models.heads import (
     Network,
-    check_count,
     check_teacher,
     config_for,
     init_with_head,
@@ -16,6 +15,7 @@ from piflow.models.heads import (
     repeated,
     take_over,
 )
+from piflow.noise_schedule import check_whole
 
 
 class WidenedOutput(Network):
@@ -34,7 +34,7 @@ class WidenedOutput(Network):
         """With `n_grid`; ValueError where an output is not n_grid velocities wide."""
         if config["n_grid"] is None:
             config["n_grid"] = max(config["out_visual_dim"] // config["in_visual_dim"], 1)
-        check_count("n_grid", config["n_grid"])
+        check_whole("n_grid", config["n_grid"], least=1)
         for one, all_of_them in self.outputs.values():
             if config[all_of_them] != config["n_grid"] * config[one]:
                 raise ValueError(
@@ -55,7 +55,7 @@ class WidenedOutput(Network):
         `share` takes the teacher's own modules for all but the output layers, instead of copies. `config` holds further
         keys, such as `shift`. Raises ValueError for a teacher of another class.
         """
-        check_count("n_grid", n_grid)
+        check_whole("n_grid", n_grid, least=1)
         check_teacher(cls, teacher)
         config = {**config_for(cls, teacher), "n_grid": n_grid, **config}
         config |= {all_of_them: n_grid * config[one] for one, all_of_them in cls.outputs.values()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import ModelMixin
+from diffusers import ModelMixin as ModelMixin  # see PolicyLoopMixin.register_to_config
 
 from piflow import models
 
@@ -14,7 +14,6 @@ from .flux2 import PiFlux2Pipeline
 from .qwen_image import PiQwenImageImg2ImgPipeline, PiQwenImageInpaintPipeline, PiQwenImagePipeline
 
 __all__ = [
-    "ModelMixin",
     "PiDiTPipeline",
     "PiFlux2Pipeline",
     "PiFluxImg2ImgPipeline",
@@ -27,7 +26,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Students by their names, for the folders of pipelines (see `PiFlowPipelineMixin.register_to_config`)."""
+    """Students by their names, for the folders of pipelines (see `PolicyLoopMixin.register_to_config`)."""
     try:
         return getattr(models, name)
     except AttributeError:

@@ -11,15 +11,20 @@ else, from the prompt to the image, is diffusers' own code.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import update_wrapper
+from pathlib import Path
+from types import FunctionType
 from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import FrozenDict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Generator, Tensor, nn
 
 from piflow.models.adapters import PiFlowLoaderMixin
@@ -33,15 +38,18 @@ PUBLISHED_SCHEDULE: dict[str, Any] = {"shift": 3.2, "final_step_size_scale": 0.5
 
 DEFAULT_NFE = 4
 
+SAVED_POLICY = "_policy_config"
+"""Where a saved pipeline keeps it in the student's config.json: diffusers passes private keys on without a warning."""
+
 
 def is_student(transformer: nn.Module) -> bool:
     """Whether a transformer, compiled or not, predicts policies: all students can be made `from_teacher`."""
     return hasattr(getattr(transformer, "_orig_mod", transformer), "from_teacher")
 
 
-def policy_config_of(student: nn.Module) -> dict[str, Any]:
-    """What the student's adapter says of its policy; empty for a student that came without."""
-    return getattr(student, "policy_config", None) or {}
+def policy_config_of(student: Any) -> dict[str, Any]:
+    """What the student's adapter, or the pipeline's folder, says of its policy; empty for a student without either."""
+    return getattr(student, "policy_config", None) or student.config.get(SAVED_POLICY) or {}
 
 
 class PolicyScheduler:
@@ -63,7 +71,7 @@ class PolicyScheduler:
         self.seq_len: int | None = None
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.scheduler, name)
+        return getattr(object.__getattribute__(self, "scheduler"), name)  # a copy under way has none, and must say so
 
     def set_timesteps(
         self,
@@ -100,6 +108,12 @@ class PolicyScheduler:
         """sigma_src - sigma_dst of the step under way."""
         return float(self.sigmas_src[self.index] - self.sigmas_dst[self.index])
 
+    @property
+    def segment_size(self) -> float:
+        """Raw time from this step to the next; with h > 0, less than the way to the destination."""
+        following = 0.0 if self.is_last else self.raw_t_src[self.index + 1]
+        return float(self.raw_t_src[self.index] - following)
+
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """(1 - sigma) sample + sigma noise in float32, at `timestep` (B,) or (1,)."""
         sigma = (timestep.float() / self.scheduler.config.num_train_timesteps).to(sample.device)
@@ -126,7 +140,7 @@ class PolicyTransformer:
         self.config = FrozenDict({"guidance_embeds": False, **student.config})
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.student, name)
+        return getattr(object.__getattribute__(self, "student"), name)
 
     def __call__(self, hidden_states: Tensor, return_dict: bool = False, **kwargs: Any) -> tuple[Tensor]:
         """(mean velocity,) of the step under way. Packed reference tokens behind the image's are left out of it."""
@@ -146,9 +160,7 @@ class PolicyTransformer:
         if "eps" in asked:
             options["eps"] = asked["eps"]
         if isinstance(output, DXOutput):
-            segment_size = asked.get("segment_size") or float(
-                steps.raw_t_src[steps.index] - steps.raw_t_dst[steps.index]
-            )
+            segment_size = asked.get("segment_size") or steps.segment_size
             shift = asked.get("shift") or self.config.get("shift") or steps.noise_schedule.shift_for(steps.seq_len)
             mode = asked.get("mode") or self.config.get("policy", "grid")
             return DXPolicy(output.grid[:, tokens], x_src, sigma_src, segment_size, shift, mode=mode, **options)
@@ -182,10 +194,11 @@ class PolicyLoopMixin(PiFlowLoaderMixin):
         generator: Generator | list[Generator] | None,
         sigmas: list[float] | None = None,
     ) -> Iterator[None]:
-        """Within: `transformer` answers with mean velocities, and `scheduler` takes them."""
+        """Within: `transformer` answers with mean velocities, and a copy of `scheduler` takes them."""
         self._check_idle()
         check_whole("num_inference_steps" if sigmas is None else "len(sigmas)", nfe, least=1)
         check_whole("total_substeps", total_substeps, least=1)
+        check_has_temperature(self.transformer, temperature)
         temperature = resolve_temperature(temperature, nfe)
         scheduler = student_scheduler(self.scheduler, self.student_schedule)
         warn_if_below_trained(self.transformer, nfe, scheduler)
@@ -231,6 +244,21 @@ class PolicyLoopMixin(PiFlowLoaderMixin):
                 kwargs[name] = ("piflow.pipelines", part[1])
         super().register_to_config(**kwargs)  # type: ignore[misc]
 
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """diffusers' folder, with what the student's adapter said of its policy.
+
+        Raises a ValueError for a student with LoRA layers, whose weights diffusers would write but not find again.
+        """
+        student = self.transformer
+        if is_student(student):
+            if any(isinstance(module, BaseTunerLayer) for module in student.modules()):
+                raise ValueError(
+                    "save_pretrained: the transformer is a base model with LoRA adapters on it, which a folder of "
+                    "weights cannot hold; save after unload_piflow_adapter(), and load it again from where it is"
+                )
+            student.register_to_config(**{SAVED_POLICY: dict(policy_config_of(student))})
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
         """diffusers' way from one pipeline class to another, which drops transformers of a subclass: not students."""
@@ -250,6 +278,12 @@ class PiFlowPipelineMixin(PolicyLoopMixin):
 
     vae_scale_factor: int
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        calls = [vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base)]
+        if len(calls) > 1 and calls[0] is PiFlowPipelineMixin.__call__:
+            cls.__call__ = showing_arguments_of(calls[1], calls[0])  # type: ignore[method-assign]
+
     @torch.no_grad()
     def __call__(
         self,
@@ -263,7 +297,7 @@ class PiFlowPipelineMixin(PolicyLoopMixin):
         Args:
             total_substeps: policy substeps over the whole of raw time.
             temperature: of the mixture in all steps but the last: a number, None, or "auto" for 0.1 (nfe - 1) within
-                [0, 1]. A DX policy has no components and ignores it.
+                [0, 1]. A DX policy has no components: "auto" and None are all that it takes below 1.
             true_cfg_scale: a student holds its teacher's guidance, so that it is off (1) by default. Above 1, with a
                 negative prompt, the mean velocities of both policies are combined.
             generator: also makes the noise of a scheduler with h > 0.
@@ -320,8 +354,7 @@ class PiFlowPipelineMixin(PolicyLoopMixin):
         multiple = 2 * self.vae_scale_factor
         self._check_latents(given.get("latents"), (batch, height // multiple, width // multiple))
         check_generators(given["generator"], batch)
-        if "image" not in given:  # which the VAE, in its own dtype, has to encode
-            given["dtype"] = torch.float32
+        given["dtype"] = torch.float32
         return prepare(*call.args, **call.kwargs)
 
     def _check_latents(self, latents: Tensor | None, grid: tuple[int, int, int]) -> None:
@@ -338,10 +371,40 @@ class PiFlowPipelineMixin(PolicyLoopMixin):
         return super()._unpack_latents(*args).to(self.vae.dtype)  # type: ignore[misc]
 
 
+def showing_arguments_of(theirs: Callable[..., Any], call: Any) -> Any:
+    """`call` once more, with the arguments of `theirs` before its own in what `help` and `inspect.signature` show."""
+    shown = FunctionType(call.__code__, call.__globals__, closure=call.__closure__)
+    update_wrapper(shown, call)
+    own = [p for p in inspect.signature(call).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    parameters = [*inspect.signature(theirs).parameters.values(), *own]
+    vars(shown)["__signature__"] = inspect.Signature(parameters)
+    shown.__doc__ = f"{inspect.cleandoc(call.__doc__)}\n\ndiffusers:\n\n{inspect.cleandoc(theirs.__doc__ or '')}"
+    return shown
+
+
+class ImageStartMixin(PiFlowPipelineMixin):
+    """Mixin before a diffusers pipeline in the bases that starts from an image."""
+
+    def _encode_vae_image(self, image: Tensor, generator: Generator | list[Generator]) -> Tensor:
+        """diffusers' encoding in the VAE's own dtype, in float32 from there on.
+
+        With a generator for each result, the encoding is drawn for each; diffusers draws it once, from the first.
+        """
+        encode = super()._encode_vae_image  # type: ignore[misc]
+        if not self._in_policy_loop:
+            return encode(image, generator)
+        if isinstance(generator, list) and len(generator) % len(image) == 0:
+            image = image.repeat(len(generator) // len(image), *[1] * (image.dim() - 1))
+        return encode(image.to(self.vae.dtype), generator).float()
+
+
 def student_scheduler(scheduler: Any, settings: dict[str, Any]) -> FlowMapSDEScheduler:
-    """The scheduler itself if it is a FlowMapSDEScheduler, one with these `settings` in place of a base model's."""
+    """The same FlowMapSDEScheduler once more, or one with these `settings` in place of a base model's scheduler.
+
+    A copy, since a scheduler knows the step it is at: so pipelines of the same parts can run side by side.
+    """
     if isinstance(scheduler, FlowMapSDEScheduler):
-        return scheduler
+        return copy.deepcopy(scheduler)
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return FlowMapSDEScheduler(**settings)
     call = ", ".join(f"{key}={value}" for key, value in settings.items())
@@ -367,13 +430,26 @@ def base_scheduler(scheduler: Any) -> Any:
     )
 
 
+def check_has_temperature(student: Any, temperature: object) -> None:
+    """Raise a ValueError for a temperature below 1 where a policy has no mixture to sharpen."""
+    if "n_grid" in student.config and isinstance(temperature, int | float) and 0 <= temperature < 1:
+        raise ValueError(
+            f"temperature: a DX policy has no mixture components to sharpen, got {temperature}; "
+            "leave it out, or give 'auto' or None"
+        )
+
+
 def check_generators(generator: Generator | list[Generator] | None, batch: int) -> None:
-    """Raise a ValueError unless a list holds one generator per image."""
+    """Raise a ValueError unless there is one generator, none, or a list of one per image."""
+    generators = generator if isinstance(generator, list) else [generator]
+    for each in generators:
+        if not isinstance(each, Generator) and generator is not None:
+            raise ValueError(f"generator: expected a torch.Generator or a list of them, got {each!r}")
     if isinstance(generator, list) and len(generator) != batch:
         raise ValueError(f"generator: expected one, or a list of one per image, {batch} in all, got {len(generator)}")
 
 
-def warn_if_below_trained(student: nn.Module, nfe: int, scheduler: FlowMapSDEScheduler) -> None:
+def warn_if_below_trained(student: Any, nfe: int, scheduler: FlowMapSDEScheduler) -> None:
     """Warn if the student was trained for shorter segments than `nfe` network evaluations make."""
     config, final = policy_config_of(student), scheduler.config.final_step_size_scale
     trained, segment_size = config.get("nfe"), config.get("segment_size")

@@ -16,6 +16,8 @@ from piflow.schedulers import FlowMapSDEScheduler
 
 from .denoise import DEFAULT_NFE, PolicyLoopMixin, base_scheduler, check_generators, is_student
 
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
 
 class PiDiTPipeline(PolicyLoopMixin, DiTPipeline):
     """DiTPipeline with a `GMDiTTransformer2DModelV2`, a DX student, or a flow-matching DiT as transformer.
@@ -54,6 +56,7 @@ class PiDiTPipeline(PolicyLoopMixin, DiTPipeline):
         Args:
             guidance_scale: classifier-free guidance of the velocities. A student holds its teacher's guidance and runs
                 without (1) by default; a base model has diffusers' default, 4.
+            generator: one, or a list of one for each image; also makes the noise of a scheduler with h > 0.
             num_inference_steps: network evaluations, 4 for a student, 50 for a base model.
             output_type: "pil", "np", "pt" or "latent".
             latents: the noise to start from, (B, C, H, W).
@@ -73,6 +76,8 @@ class PiDiTPipeline(PolicyLoopMixin, DiTPipeline):
                 f"callback_on_step_end_tensor_inputs: expected some of {self._callback_tensor_inputs}, "
                 f"got {sorted(unknown)}"
             )
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type: expected one of {OUTPUT_TYPES}, got {output_type!r}")
         labels = self._labels(class_labels)
         latents = self._start(len(labels), generator, latents)
         loop: AbstractContextManager[None] = self._stand_ins(scheduler=base_scheduler(self.scheduler))

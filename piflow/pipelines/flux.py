@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 from torch import Tensor
 
-from .denoise import DEFAULT_NFE, PiFlowPipelineMixin
+from .denoise import DEFAULT_NFE, ImageStartMixin, PiFlowPipelineMixin
 
 DEFAULTS = {"num_inference_steps": DEFAULT_NFE, "guidance_scale": 3.5}
 
@@ -36,11 +36,11 @@ class PiFluxPipeline(PiFluxMixin, FluxPipeline):
     """
 
 
-class PiFluxImg2ImgPipeline(PiFluxMixin, FluxImg2ImgPipeline):
+class PiFluxImg2ImgPipeline(PiFluxMixin, ImageStartMixin, FluxImg2ImgPipeline):
     """FluxImg2ImgPipeline with a student: of the nfe steps, the last `strength` nfe are taken."""
 
 
-class PiFluxInpaintPipeline(PiFluxMixin, FluxInpaintPipeline):
+class PiFluxInpaintPipeline(PiFluxMixin, ImageStartMixin, FluxInpaintPipeline):
     """FluxInpaintPipeline with a student: of the nfe steps, the last `strength` nfe are taken."""
 
     def _latents_shape(self, batch: int, rows: int, columns: int, channels: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from diffusers import QwenImageImg2ImgPipeline, QwenImageInpaintPipeline, QwenImagePipeline
 from torch import Tensor
 
-from .denoise import DEFAULT_NFE, PiFlowPipelineMixin
+from .denoise import DEFAULT_NFE, ImageStartMixin, PiFlowPipelineMixin
 
 DEFAULTS = {"num_inference_steps": DEFAULT_NFE, "true_cfg_scale": 1.0}
 
@@ -18,13 +18,13 @@ class PiQwenImagePipeline(PiFlowPipelineMixin, QwenImagePipeline):
     student_defaults: ClassVar[dict[str, Any]] = DEFAULTS
 
 
-class PiQwenImageImg2ImgPipeline(PiFlowPipelineMixin, QwenImageImg2ImgPipeline):
+class PiQwenImageImg2ImgPipeline(ImageStartMixin, QwenImageImg2ImgPipeline):
     """QwenImageImg2ImgPipeline with a student: of the nfe steps, the last `strength` nfe are taken."""
 
     student_defaults: ClassVar[dict[str, Any]] = DEFAULTS
 
 
-class PiQwenImageInpaintPipeline(PiFlowPipelineMixin, QwenImageInpaintPipeline):
+class PiQwenImageInpaintPipeline(ImageStartMixin, QwenImageInpaintPipeline):
     """QwenImageInpaintPipeline with a student: of the nfe steps, the last `strength` nfe are taken."""
 
     student_defaults: ClassVar[dict[str, Any]] = DEFAULTS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,8 @@ class FlowMapSDEScheduler(SchedulerMixin, ConfigMixin):
         if not 0 <= min_raw_t < max_raw_t <= 1:
             raise ValueError(f"min_raw_t, max_raw_t: expected 0 <= min < max <= 1, got {min_raw_t} and {max_raw_t}")
         self.h = check_h(h)
+        if self.h == math.inf:
+            self.register_to_config(h="inf")
         self.noise_schedule = NoiseSchedule(
             shift,
             use_dynamic_shifting,
@@ -113,6 +116,8 @@ class FlowMapSDEScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(
                     f"sigmas: expected one level per step, {num_inference_steps}, got shape {tuple(raw_t.shape)}"
                 )
+            if not ((raw_t > 0) & (raw_t <= 1)).all() or not (raw_t.diff() < 0).all():
+                raise ValueError(f"sigmas: expected falling levels above 0 and at most 1, got {raw_t.tolist()}")
         elif num_inference_steps is None:
             raise ValueError("set_timesteps: give num_inference_steps, the number of network evaluations, or sigmas")
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -31,6 +32,7 @@ from piflow.models.adapters import (
     set_piflow_adapter,
     unload_piflow_adapter,
 )
+from piflow.models.export import export_adapter
 from piflow.models.sharing import twin
 from tests.golden_vectors import GOLDEN, load_group
 
@@ -260,6 +262,97 @@ def test_style_lora_of_the_base_is_on_the_student_too(pipe: Pipeline) -> None:
     assert torch.equal(call(base), before)
     pipe.set_adapters(["style", name], [0.7, 1.0])
     assert torch.equal(call(pipe.transformer).means, with_style)
+
+
+def test_style_lora_of_the_bases_output_layers_before_or_after(
+    base: QwenBase, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On GM: `norm_out` takes it; `proj_out`, which a mixture has not, is left out with a warning."""
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    weights = style(base, STYLED[0], "norm_out.linear", "proj_out")
+    after = make_pipeline(Pipeline, copy.deepcopy(base))
+    name = after.load_piflow_adapter(ADAPTER)
+    after.load_lora_weights(weights, adapter_name="style")
+    assert "unexpected keys found in the model: proj_out.lora_A.weight, proj_out.lora_B.weight" in caplog.text
+    after.set_adapters([name, "style"], [1.0, 0.7])
+    expected = call(after.transformer).means
+    assert (expected - GROUP["gmqwen.adapter"].outputs["means"]).abs().max() > 0.1
+
+    before = make_pipeline(Pipeline, base)
+    before.load_lora_weights(weights, adapter_name="style")
+    before.set_adapters("style", 0.7)
+    of_the_base = call(base)
+    before.load_piflow_adapter(ADAPTER)
+    assert "LoRAs of the base on ['proj_out'] are left out: the student has other output layers." in caplog.text
+    assert torch.equal(call(before.transformer).means, expected)
+    assert torch.equal(call(base), of_the_base)
+    before.set_adapters([name, "style"], [1.0, 0.0])
+    assert_is_reference(before.transformer)
+
+
+def test_style_lora_of_proj_out_moves_every_velocity_of_a_dx_student(base: QwenBase, tmp_path: Path) -> None:
+    """As it moves the base's own: the student is the base's, whose every velocity is the base's output."""
+    folder = export_adapter(DXQwenImageTransformer2DModel.from_teacher(base, 4), base, tmp_path / "dx")
+    pipe, weights = make_pipeline(Pipeline, base), style(base, STYLED[0], "norm_out.linear", "proj_out")
+    pipe.load_lora_weights(weights, adapter_name="style")
+    expected = call(base)
+    pipe.unload_lora_weights()
+    pipe.load_piflow_adapter(folder)
+    pipe.load_lora_weights(weights, adapter_name="style")
+    grid = call(pipe.transformer).grid
+    torch.testing.assert_close(grid, expected[:, :, None].expand_as(grid), atol=1e-5, rtol=1e-5)
+    assert (expected - call(base)).abs().max() > 0.1
+
+
+def test_what_is_done_to_one_transformer_reaches_the_others_own_layers(pipe: Pipeline) -> None:
+    """A device and, of the base, a dtype: its output layers are not the student's."""
+    base, before = pipe.transformer, call(pipe.transformer)
+    name = pipe.load_piflow_adapter(ADAPTER)
+    pipe.to(torch.float64)
+    pipe.load_piflow_adapter(ADAPTER, adapter_name="second")
+    pipe.disable_piflow_adapter()
+    assert {parameter.dtype for parameter in base.parameters()} == {torch.float64}
+    torch.testing.assert_close(call(base), before.double(), atol=1e-4, rtol=1e-4)
+    pipe.to(torch.float32)
+    pipe.set_piflow_adapter("second")
+    assert_is_reference(pipe.transformer)
+    pipe.transformer.to("meta")
+    for switch in (pipe.disable_piflow_adapter, lambda: pipe.set_piflow_adapter(name)):
+        switch()
+        assert all(parameter.is_meta for parameter in pipe.transformer.parameters())
+
+
+def test_a_compiled_student_leaves_and_returns_compiled(pipe: Pipeline) -> None:
+    base, before = pipe.transformer, call(pipe.transformer)
+    pipe.load_piflow_adapter(ADAPTER)
+    compiled = pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    pipe.disable_piflow_adapter()
+    assert torch.equal(call(pipe.transformer), before)
+    pipe.enable_piflow_adapter()
+    assert pipe.transformer is compiled
+    assert_is_reference(compiled)
+    pipe.unload_piflow_adapter()
+    assert pipe.transformer is base
+    assert torch.equal(call(base), before)
+
+
+def test_layerwise_casting_of_the_base_is_the_students_too(pipe: Pipeline) -> None:
+    base = pipe.transformer.to(torch.bfloat16)
+    base.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+
+    def means(model: nn.Module) -> Tensor:
+        inputs = GROUP["gmqwen.adapter"].inputs
+        tokens, text = (inputs[name].bfloat16() for name in ("tokens", "encoder_hidden_states"))
+        with torch.no_grad():
+            return model(tokens, text, timestep=inputs["timestep"], img_shapes=[[(1, 4, 3)]] * 2, return_dict=False)[0]
+
+    before, expected = means(base), GROUP["gmqwen.adapter"].outputs["means"]
+    pipe.load_piflow_adapter(ADAPTER)
+    assert pipe.transformer.transformer_blocks[0].attn.to_q.weight.dtype == torch.float8_e4m3fn
+    assert pipe.transformer.proj_out_means.weight.dtype == torch.float32
+    assert (means(pipe.transformer) - expected).norm() < 0.2 * expected.norm()
+    pipe.disable_piflow_adapter()
+    assert torch.equal(means(base), before)
 
 
 def test_fused_loras_are_not_switched_away_from(pipe: Pipeline) -> None:
@@ -538,7 +631,7 @@ def missing_shard(folder: Path) -> None:
 
 
 LORA_KEY = "transformer_blocks.0.img_mlp.net.2.lora_A.weight"
-BAD: dict[str, tuple[dict[str, Any], Callable[[Path], None] | None, type[Exception], str]] = {
+BAD: dict[str, tuple[dict[str, Any], Callable[[Path], Any] | None, type[Exception], str]] = {
     "no config": ({}, no_config, FileNotFoundError, r"has no config\.json"),
     "config is no JSON": ({}, lambda f: write_config(f, "{"), ValueError, "is not valid JSON"),
     "config is a list": ({}, lambda f: write_config(f, "[]"), ValueError, "expected a JSON object"),
@@ -572,6 +665,29 @@ BAD: dict[str, tuple[dict[str, Any], Callable[[Path], None] | None, type[Excepti
         r"blocks.0.lora_A.weight is \(4, 4\) in the adapter's \w+, missing in the base",
     ),
     "half a LoRA": ({"edit": without(LORA_KEY)}, None, ValueError, "but not both of lora_A and lora_B"),
+    "configuration of another type": (
+        {"config": {"axes_dims_rope": 7}}, None, ValueError,
+        r"config\.json makes no GMQwenImageTransformer2DModel: 'int' object is not iterable",
+    ),
+    "head of integers": (
+        {"edit": lambda t: t | {"proj_out_means.bias": t["proj_out_means.bias"].int()}}, None, ValueError,
+        r"proj_out_means\.bias is torch\.int32, not floating point",
+    ),
+    "several alphas": (
+        {"edit": lambda t: t | {"x.alpha": torch.ones(2)}}, None, ValueError,
+        r"x\.alpha: expected one number, got \(2,\)",
+    ),
+    "shards that are no names": (
+        {}, lambda f: (split_in_shards(f), (f / INDEX).write_text('{"weight_map": {"a": 3}}')), ValueError,
+        "expected a `weight_map`, {tensor: file}",
+    ),
+    "unknown policy": (
+        {"metadata": {"policy_config": '{"type": "GMX"}'}}, None, ValueError, "asks for the policy 'GMX', but is a GM",
+    ),
+    "policy out of its domain": (
+        {"metadata": {"policy_config": '{"shift": 0}'}}, None, ValueError,
+        "shift in policy_config: expected a number above 0, got 0",
+    ),
     "another policy": (
         {"metadata": {"policy_config": '{"type": "DX"}'}}, None, ValueError, "asks for the policy 'DX', but is a GM",
     ),

@@ -143,7 +143,7 @@ def test_super_resolution_head() -> None:
 
 
 def test_bad_input_is_named() -> None:
-    with pytest.raises(ValueError, match="n_grid: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="n_grid: expected a whole number, at least 1, got 0"):
         DXKandinsky6Transformer3DModel.from_teacher(teacher(), 0)
     with pytest.raises(
         ValueError, match=r"expected a Kandinsky6Transformer3DModel.* got a Kandinsky6SRTransformer3DModel"

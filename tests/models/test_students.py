@@ -392,8 +392,10 @@ def test_parallel_plans(which: str) -> None:
 @every
 def test_bad_settings_are_named(which: str) -> None:
     number = "num_gaussians" if which.startswith("GM") else "n_grid"
-    with pytest.raises(ValueError, match=f"{number}: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{number}: expected a whole number, at least 1, got 0"):
         make(which, **{number: 0})
+    with pytest.raises(ValueError, match=f"{number}: expected a whole number, at least 1, got 2.5"):
+        make(which, **{number: 2.5})
     if which.startswith("DX"):
         with pytest.raises(ValueError, match="policy: expected 'grid' or 'polynomial', got 'spline'"):
             make(which, policy="spline")
@@ -420,11 +422,12 @@ def test_out_channels_that_do_not_fit(which: str) -> None:
         cls(in_channels=16, out_channels=50, num_layers=0)
 
 
-@pytest.mark.parametrize("which", ["GM-qwen", "GM-flux", "GM-flux2"])
+@pytest.mark.parametrize("which", ["GM-qwen", "GM-flux", "GM-flux2", "GM-dit"])
 def test_gm_settings_that_do_not_fit(which: str) -> None:
-    with pytest.raises(ValueError, match=r"logweights_channels: expected a divisor of out_channels = 16"):
-        make(which, logweights_channels=3)
-    with pytest.raises(ValueError, match="gm_num_logstd_layers: expected at least 1, got 0"):
+    if which != "GM-dit":
+        with pytest.raises(ValueError, match=r"logweights_channels: expected a divisor of out_channels = 16"):
+            make(which, logweights_channels=3)
+    with pytest.raises(ValueError, match="gm_num_logstd_layers: expected a whole number, at least 1, got 0"):
         make(which, gm_num_logstd_layers=0)
 
 

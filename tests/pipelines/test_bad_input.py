@@ -28,6 +28,8 @@ ANYWHERE: list[tuple[str, dict[str, Any]]] = [
     ("temperature", {"temperature": math.inf}),
     ("temperature", {"temperature": "warm"}),
     ("generator", {"generator": [FIRST, SECOND]}),
+    ("generator", {"generator": 0}),
+    ("generator", {"generator": [None]}),
     ("callback_on_step_end_tensor_inputs", {"callback_on_step_end_tensor_inputs": ["means"]}),
 ]
 TO_PROMPTED: list[tuple[str, dict[str, Any]]] = [
@@ -42,6 +44,11 @@ TO_PROMPTED: list[tuple[str, dict[str, Any]]] = [
     ("latents", {"latents": torch.randn(1, 12, 15)}),
     ("latents", {"latents": torch.randn(2, 12, 16)}),
     ("latents", {"latents": torch.randn(1, 4, 9, 6)}),
+    ("sigmas", {"sigmas": [1.0, 0.0]}),
+    ("sigmas", {"sigmas": [0.3, 0.8]}),
+    ("sigmas", {"sigmas": [1.5, 0.5]}),
+    ("sigmas", {"sigmas": [1.0, math.nan]}),
+    ("sigmas", {"sigmas": []}),
 ]
 CASES = [(name, *case) for name in FAMILIES for case in ANYWHERE]
 CASES += [(name, *case) for name in PROMPTED for case in TO_PROMPTED]
@@ -54,6 +61,7 @@ CASES += [
     ("dit", "class_labels", {"class_labels": []}),
     ("dit", "class label 11", {"class_labels": [11]}),
     ("dit", "class_labels", {"class_labels": [0.5]}),
+    ("dit", "output_type", {"output_type": "jpg"}),
     ("dit", "latents", {"latents": torch.randn(1, 4, 8, 9)}),
 ]
 
@@ -82,13 +90,18 @@ def test_unknown_arguments_are_type_errors() -> None:
         family.pipe()(**family.arguments(temprature=0.3))
 
 
-def test_a_temperature_is_harmless_to_dx() -> None:
-    family = FAMILIES["qwen"]
+@pytest.mark.parametrize("name", ["qwen", "dit"])
+def test_a_temperature_conflicts_with_dx(name: str) -> None:
+    """Below 1 it would sharpen a mixture, which a DX policy is not; values that ask for nothing are harmless."""
+    family = FAMILIES[name]
     pipe = family.pipe("DX")
     plain = pipe(**family.arguments()).images
-    assert torch.equal(plain, pipe(**family.arguments(temperature=0.2)).images)
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(ValueError, match=r"temperature: a DX policy has no mixture components to sharpen, got 0\.2"):
+        pipe(**family.arguments(temperature=0.2))
+    with pytest.raises(ValueError, match="temperature: expected a finite number, at least 0"):
         pipe(**family.arguments(temperature=-1.0))
+    for harmless in ("auto", None, 1, 1.5):
+        assert torch.equal(pipe(**family.arguments(temperature=harmless)).images, plain)
 
 
 def test_the_error_says_which_sizes_would_do() -> None:

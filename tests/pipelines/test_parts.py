@@ -186,6 +186,32 @@ def test_save_and_load(text_parts: dict[str, Any], tmp_path: Path, kind: str) ->
     assert torch.equal(prompted(again), expected)
 
 
+def test_saving_keeps_what_the_adapter_said_of_its_policy(tmp_path: Path) -> None:
+    family = FAMILIES["qwen"]
+    pipe = family.pipe("DX")
+    plain = pipe(**family.arguments(num_inference_steps=8)).images
+    pipe.transformer.policy_config = {"type": "DX", "segment_size": 1 / 3.5}
+    expected = pipe(**family.arguments(num_inference_steps=8)).images
+    assert not torch.equal(plain, expected)
+    pipe.save_pretrained(tmp_path / "first")
+    for folder, following in (("first", "second"), ("second", "third")):
+        again = family.cls.from_pretrained(tmp_path / folder, **dict.fromkeys(family.empty))
+        again.set_progress_bar_config(disable=True)
+        assert torch.equal(again(**family.arguments(num_inference_steps=8)).images, expected)
+        again.save_pretrained(tmp_path / following)
+
+
+def test_a_pipeline_is_not_saved_with_an_adapter_on_it(tmp_path: Path) -> None:
+    pipe, _ = adapted_pipe()
+    pipe.load_piflow_adapter(GOLDEN / "g08_export_gmqwen")
+    with pytest.raises(ValueError, match=r"save_pretrained: .* save after unload_piflow_adapter\(\)"):
+        pipe.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    pipe.unload_piflow_adapter()
+    pipe.save_pretrained(tmp_path)
+    assert QwenImageTransformer2DModel.from_pretrained(tmp_path / "transformer")
+
+
 @pytest.mark.parametrize("name", ["dit", "flux2"])
 def test_save_and_load_without_a_text_encoder(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]

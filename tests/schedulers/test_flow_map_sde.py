@@ -71,8 +71,9 @@ def test_config_round_trips(tmp_path: Path) -> None:
     assert {**again.config} == {**scheduler.config}
 
 
-def test_infinite_h_round_trips_as_a_string(tmp_path: Path) -> None:
-    FlowMapSDEScheduler(h="inf").save_pretrained(tmp_path)
+@pytest.mark.parametrize("h", ["inf", float("inf")])
+def test_infinite_h_round_trips_as_a_string(tmp_path: Path, h: float | str) -> None:
+    FlowMapSDEScheduler(h=h).save_pretrained(tmp_path)
     assert '"h": "inf"' in (tmp_path / "scheduler_config.json").read_text()
     assert FlowMapSDEScheduler.from_pretrained(tmp_path).h == float("inf")
 
@@ -136,6 +137,11 @@ def test_begin_index_starts_part_of_the_way_down() -> None:
         (lambda: FlowMapSDEScheduler().set_timesteps(), "give num_inference_steps"),
         (lambda: FlowMapSDEScheduler().set_timesteps(0), "nfe: expected"),
         (lambda: FlowMapSDEScheduler().set_timesteps(3, sigmas=[1.0, 0.5]), "sigmas: expected one level per step, 3"),
+        (
+            lambda: FlowMapSDEScheduler().set_timesteps(sigmas=[1.0, 0.0]),
+            r"sigmas: expected falling .* got \[1.0, 0.0\]",
+        ),
+        (lambda: FlowMapSDEScheduler().set_timesteps(sigmas=[0.5, 0.5]), "sigmas: expected falling levels"),
         (lambda: FlowMapSDEScheduler().step(torch.zeros(1), 1.0, torch.zeros(1)), "call set_timesteps first"),
     ],
 )
