@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from benchmarks.machine import machine
 from piflow.models import GMFluxTransformer2DModel, GMQwenImageTransformer2DModel
 from piflow.pipelines import PiFluxPipeline, PiQwenImagePipeline
-from piflow.pipelines.denoise import PUBLISHED_SCHEDULE, PolicyTransformer
+from piflow.pipelines.schedules import PUBLISHED_SCHEDULE
+from piflow.pipelines.stand_ins import PolicyTransformer
 from piflow.schedulers import FlowMapSDEScheduler
 
 FULL_DEPTH = {

@@ -104,3 +104,7 @@ def copy_attributes(new: Any, old: Any, names: tuple[str, ...]) -> None:
     for name in names:
         if name in vars(old):
             setattr(new, name, copy.copy(vars(old)[name]))
+
+
+def uncompiled(transformer: Any) -> Any:
+    return getattr(transformer, "_orig_mod", transformer)

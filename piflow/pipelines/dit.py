@@ -14,7 +14,9 @@ from torch import Generator, Tensor
 from piflow.models.dit import check_class_labels
 from piflow.schedulers import FlowMapSDEScheduler
 
-from .denoise import DEFAULT_NFE, PolicyLoopMixin, base_scheduler, check_generators, is_student
+from .denoise import DEFAULT_NFE, PolicyLoopMixin
+from .schedules import base_scheduler, check_generators
+from .stand_ins import is_student
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
