@@ -27,6 +27,7 @@ TRAINING = [
     "rich>=13",
     "tensorboard>=2.18",
 ]
+WANDB = ["wandb>=0.31,<0.32"]  # only where `logging.wandb` is set
 EVALUATION = [*DIFFUSERS, "scikit-learn>=1.5", "scipy>=1.13", "matplotlib>=3.9", "rich>=13"]
 QUANTIZATION = ["bitsandbytes>=0.50", "torchao>=0.18", "gguf>=0.19"]  # bases only; installed, they slow every import
 APPS = [*DIFFUSERS, "rich>=13"]
@@ -59,11 +60,12 @@ setup(
     extras_require={
         "diffusers": DIFFUSERS,
         "training": TRAINING,
+        "wandb": WANDB,
         "evaluation": EVALUATION,
         "apps": APPS,
         "quantization": QUANTIZATION,
         "dev": DEVELOPMENT,
-        "all": sorted({*TRAINING, *EVALUATION, *APPS, *DEVELOPMENT}),
+        "all": sorted({*TRAINING, *WANDB, *EVALUATION, *APPS, *DEVELOPMENT}),
     },
     entry_points={"console_scripts": ["piflow=piflow.cli:main"]},
     classifiers=[

@@ -11,6 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
+from piflow.commands.cache import cache_latents, cache_prompts
+from piflow.commands.plan import plan
+from piflow.commands.train import train
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -27,9 +31,12 @@ def export(
         bool,
         typer.Option(
             "--ema/--no-ema",
-            help="The averaged weights, or the raw ones. Raw ones are pickled: only from a run that you trust.",
+            help="The averaged weights, or the raw ones, which are pickled: --allow-pickle too.",
         ),
     ] = True,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read pickled files, of a run that you trust.")
+    ] = False,
     policy_config: Annotated[
         str | None, typer.Option(help='JSON for the weights\' metadata, such as \'{"type": "GMFlow"}\'.')
     ] = None,
@@ -40,8 +47,16 @@ def export(
         from piflow.models.export import export_checkpoint
 
         policy = None if policy_config is None else json_object("--policy-config", policy_config)
-        folder = export_checkpoint(ckpt, out_dir, ema=ema, policy_config=policy, overwrite=overwrite)
+        folder = export_checkpoint(
+            ckpt, out_dir, ema=ema, allow_pickle=allow_pickle, policy_config=policy, overwrite=overwrite
+        )
         typer.echo(f"{'averaged' if ema else 'raw'} student written to {folder}")
+
+
+app.command()(cache_prompts)
+app.command()(cache_latents)
+app.command()(plan)
+app.command()(train)
 
 
 def json_object(option: str, text: str) -> dict[str, Any]:

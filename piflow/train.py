@@ -9,6 +9,8 @@ finish the step, save, say how to go on, and end with 128 + their number.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import os
 import shlex
 import signal
@@ -21,11 +23,14 @@ from piflow.training.config import TrainConfig, load_config
 from piflow.training.errors import TrainingError
 from piflow.training.signals import raise_on_stop
 
+PATIENCE = 30
+"""Seconds that other ranks give rank 0 to say what went wrong."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """One rank of the command; returns the exit code."""
     arguments = _parse(argv)
-    rank = int(os.environ.get("RANK", "0"))
+    rank, problem, joined = int(os.environ.get("RANK", "0")), "", False
     try:
         with raise_on_stop():
             config = load_config(arguments.config, arguments.overrides)
@@ -33,11 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _dry_run(config) if rank == 0 else 0
             exit_code = _run(config, arguments)
     except TrainingError as error:
+        problem, joined, exit_code = str(error), "piflow.training.loop" in sys.modules, error.exit_code
         if rank == 0:
             print(f"piflow.train: {error}", file=sys.stderr, flush=True)
-        exit_code = error.exit_code
-    if exit_code and rank != 0:  # the launcher kills all ranks once one has failed: rank 0, which speaks, goes first
-        time.sleep(10)
+    if exit_code and rank != 0:  # rank 0, which speaks, takes the others with it as it leaves
+        time.sleep(PATIENCE)
+        if problem and joined:
+            print(f"piflow.train: rank {rank} has failed alone: {problem}", file=sys.stderr, flush=True)
     return exit_code
 
 
@@ -51,7 +58,18 @@ def _run(config: TrainConfig, arguments: argparse.Namespace) -> int:
     trainer = Trainer(config, rank, world_size)
     messages = trainer.resume(arguments.resume)
     start = trainer.progress.iteration
-    with RunLogger(trainer.output_dir / "tensorboard", config.iterations, start, config.log_every, rank == 0) as logger:
+    with (
+        contextlib.closing(trainer),
+        RunLogger(
+            trainer.logs.local,
+            config.iterations,
+            start,
+            config.log_every,
+            rank == 0,
+            config.logging.wandb,
+            config.model_dump(mode="json"),
+        ) as logger,
+    ):
         if rank == 0:
             (trainer.output_dir / "config.yaml").write_text(config.to_yaml())
         for message in messages:
@@ -61,7 +79,7 @@ def _run(config: TrainConfig, arguments: argparse.Namespace) -> int:
         if stopped_by:
             logger.say(
                 f"stopped by {signal.Signals(stopped_by).name} after iteration {trainer.progress.iteration}; "
-                f"everything is saved in {trainer.checkpoints}. Go on with:\n  {_resume_command(arguments, world_size)}"
+                f"everything is saved in {trainer.store}. Go on with:\n  {_resume_command(arguments, world_size)}"
             )
             return 128 + stopped_by
         logger.say(f"student saved in {trainer.export()}")
@@ -78,12 +96,23 @@ def _resume_command(arguments: argparse.Namespace, world_size: int) -> str:
 
 
 def _dry_run(config: TrainConfig) -> int:
-    from piflow.training.module import build_module
+    from piflow.training.engine import check_optimizer
+    from piflow.training.networks import count_parameters
+    from piflow.training.plan import memory_plan
 
-    module = build_module(config)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    batches = config.accumulation(world_size)
+    check_optimizer(config)
+    counts = count_parameters(config)
     print(config.to_yaml(), end="")
-    for name, network in (("student", module.student), ("teacher", module.teacher)):
-        print(f"# {name}: {sum(p.numel() for p in network.parameters()):,} parameters")
+    for name, count in counts.items():
+        print(f"# {name}: {count:,} parameters")
+    each = config.batch_size_per_rank
+    print(f"# batch: {each * world_size * batches} = {each} x {world_size} process(es) x {batches} in turn")
+    plan = memory_plan(config, world_size, gpu_memory=math.inf, advise=False)
+    print(f"# memory of each of {world_size} process(es), {plan.peak / 1e9:.3g} GB in all:")
+    for item in plan.items:
+        print(f"#   {item.bytes / 1e9:.3g} GB {item.name} ({item.what})")
     return 0
 
 

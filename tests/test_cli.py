@@ -53,6 +53,7 @@ def test_export(tmp_path: Path) -> None:
         (["--ckpt", "/no/such/run"], 1, "There is no checkpoint /no/such/run."),
         (["--ckpt", str(GOLDEN)], 3, "is incomplete: manifest.json is missing"),
         (["--ckpt", str(STUDENT), "--no-ema"], 1, "a saved student, without raw weights"),
+        (["--ckpt", str(STUDENT), "--policy-config", '{"type": "DX"}'], 1, "asks for the policy 'DX', but is a GMQwen"),
         (["--ckpt", str(STUDENT), "--policy-config", "[1]"], 1, "--policy-config: expected a JSON object, got [1]"),
         (["--ckpt", str(STUDENT), "--policy-config", "{"], 1, "--policy-config: expected a JSON object, got {"),
     ],

@@ -11,23 +11,30 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.serialization import safe_globals
 
+from piflow import models
 from piflow.models.adapter_files import CONFIG, INDEX, WEIGHTS, read_adapter
-from piflow.models.adapters import head_of
+from piflow.models.adapter_student import head_of, policy_config_for, student_class
+from piflow.models.adapters import name_of
 from piflow.models.heads import base_of
 from piflow.models.sharing import layer_at
+
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 LORA = re.compile(r"\.lora_([AB])(?:\.[^.]+)?\.weight$")
 """The end of a LoRA weight's name, with the adapter's name or without it."""
@@ -68,7 +75,8 @@ def export_adapter(
     tensors = own_weights(student, base)
     if name := _lora_name(student, adapter_name):
         tensors |= _lora_weights(student, name)
-    policy_config = policy_config or getattr(student, "policy_config", None) or default_policy(student)
+    asked = policy_config or getattr(student, "policy_config", None)
+    policy_config = policy_config_for(type(student), asked, "policy_config")
     return write_folder(out_dir, published_config(student), tensors, policy_config, overwrite=overwrite)
 
 
@@ -77,6 +85,7 @@ def export_checkpoint(
     out_dir: str | Path,
     *,
     ema: bool = True,
+    allow_pickle: bool = False,
     policy_config: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -85,9 +94,10 @@ def export_checkpoint(
     Args:
         checkpoint: a folder `step_000100` of `piflow.train`; or its `checkpoints` or output folder, for the newest good
             one; or a student's saved folder, of which only LoRA and output layers are written if it has a LoRA.
-        ema: the averaged weights, else the raw ones. Raw ones are in DeepSpeed's pickled shards, which can run code
-            when they are read: only from a run that you trust.
-        policy_config, overwrite: as in `export_adapter`.
+        ema: the averaged weights, else the raw ones, which only DeepSpeed's pickled shards hold.
+        allow_pickle: read those (with `torch.load(weights_only=True)`).
+        policy_config: as in `export_adapter`; that of a run says the `nfe` it was trained for.
+        overwrite: as in `export_adapter`.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
@@ -100,11 +110,14 @@ def export_checkpoint(
         if not ema:
             raise ValueError(f"{path} is a saved student, without raw weights: give a checkpoint of the run.")
         return _export_saved(path, out_dir, policy_config, overwrite)
-    student = _student_of_run(path, ema)
-    policy_config = policy_config or default_policy(student)
-    return write_folder(
-        out_dir, published_config(student), dict(student.state_dict()), policy_config, overwrite=overwrite
-    )
+    if not ema and not allow_pickle:
+        raise ValueError(
+            "The raw weights of a checkpoint are in pickled files, which can run code when they are read: pass "
+            "--allow-pickle (allow_pickle=True) too if you trust where it comes from."
+        )
+    student, weights, nfe = _student_of_run(path, ema)
+    policy_config = policy_config_for(type(student), policy_config or {"nfe": nfe}, "policy_config")
+    return write_folder(out_dir, published_config(student), weights, policy_config, overwrite=overwrite)
 
 
 def own_weights(student: Any, base: nn.Module | None) -> dict[str, Tensor]:
@@ -127,7 +140,7 @@ def published_config(student: Any) -> dict[str, Any]:
 
 def default_policy(student: nn.Module) -> dict[str, Any]:
     """What a pipeline takes for a student that does not say."""
-    return {"type": "DX" if type(student).__name__.startswith("DX") else "GMFlow"}
+    return policy_config_for(type(student), None, "policy_config")
 
 
 def write_folder(
@@ -139,7 +152,7 @@ def write_folder(
     overwrite: bool = False,
 ) -> Path:
     """Write `config.json` and the weights, with `policy_config` as metadata, then put the folder in its place."""
-    out = Path(out_dir).absolute()
+    out = Path(out_dir).resolve()  # a link to another disk stays one
     check_free(out, overwrite)
     unfinished, replaced = (out.with_name(f".{out.name}.{state}_{os.getpid()}") for state in ("unfinished", "replaced"))
     unfinished.mkdir(parents=True)
@@ -150,6 +163,8 @@ def write_folder(
         if out.exists():
             out.rename(replaced)
         unfinished.rename(out)
+    except SafetensorError as error:
+        raise OSError(f"{out} cannot be written: {error}") from error
     except BaseException:
         if replaced.exists() and not out.exists():
             replaced.rename(out)
@@ -166,11 +181,20 @@ def check_free(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"{out} is there already: give another folder, or --overwrite (overwrite=True).")
-    others = (
-        [out.name] if not out.is_dir() else [f.name for f in out.iterdir() if f.name not in (CONFIG, WEIGHTS, INDEX)]
-    )
+    others = {f.name for f in out.iterdir()} - {CONFIG, WEIGHTS, INDEX} if out.is_dir() else {out.name}
     if others:
-        raise FileExistsError(f"{out} is no earlier export, it holds {sorted(others)[0]}: give another folder.")
+        raise FileExistsError(f"{out} is no earlier export, it holds {min(others)}: give another folder.")
+    if not is_students(out):
+        raise FileExistsError(f"{out} is no earlier export, it holds no student: give another folder.")
+
+
+def is_students(folder: Path) -> bool:
+    """Whether a folder's config.json names a student of `piflow.models`."""
+    try:
+        name = json.loads((folder / CONFIG).read_bytes())["_class_name"]
+        return hasattr(getattr(models, name.lstrip("_")), "from_teacher")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
 
 
 def _is_base_weight(base: nn.Module, name: str, parameter: Tensor) -> bool:
@@ -186,8 +210,8 @@ def _lora_name(student: Any, name: str | None) -> str | None:
     """The LoRA to write: the one that is asked for, the student's pi-Flow adapter, or its only one."""
     loaded = list(getattr(student, "peft_config", None) or {})
     if name is None:
-        family = getattr(student, "piflow_family", None)
-        own = [key for key, other in family.students.items() if other is student] if family else loaded
+        name = name_of(student)
+        own = loaded if name is None else [name]
         if len(own) > 1:
             raise ValueError(f"adapter_name: the student has several LoRAs, give one of {loaded}")
         name = own[0] if own and own[0] in loaded else None
@@ -212,6 +236,8 @@ def _lora_weights(student: Any, name: str) -> dict[str, Tensor]:
 
 def _export_saved(folder: Path, out_dir: str | Path, policy_config: dict[str, Any] | None, overwrite: bool) -> Path:
     """A folder of `save_pretrained`, as it is, or as an adapter if it has a LoRA."""
+    if not is_students(folder):
+        raise ValueError(f"{folder} holds no student of piflow.models: give a checkpoint, or a student's folder.")
     saved = read_adapter(folder)
     lora = {LORA.sub(r".lora_\1.weight", key): tensor for key, tensor in saved.lora.items()}
     if len(lora) != len(saved.lora):
@@ -219,17 +245,17 @@ def _export_saved(folder: Path, out_dir: str | Path, policy_config: dict[str, An
     weights = {key.replace(".base_layer.", "."): tensor for key, tensor in saved.weights.items()}
     if lora:
         weights = {key: tensor for key, tensor in weights.items() if key.startswith(("proj_out", "norm_out"))} | lora
-    kind = "DX" if saved.config["_class_name"].lstrip("_").startswith("DX") else "GMFlow"
-    policy_config = policy_config or saved.policy_config or {"type": kind}
+    policy_config = policy_config_for(student_class(saved), policy_config or saved.policy_config, "policy_config")
     return write_folder(out_dir, saved.config, weights, policy_config, overwrite=overwrite)
 
 
-def _student_of_run(path: Path, ema: bool) -> nn.Module:
-    """The student of a checkpoint of `piflow.train`."""
+def _student_of_run(path: Path, ema: bool) -> tuple[nn.Module, dict[str, Tensor], int]:
+    """The student of a checkpoint of `piflow.train`; what is to be written, all or LoRA and output layers; its nfe."""
     from piflow.training.checkpoint import MANIFEST, find_checkpoint, read_manifest
     from piflow.training.config import TrainConfig
     from piflow.training.errors import CheckpointError
-    from piflow.training.module import build_module
+    from piflow.training.lora import adapter_weights
+    from piflow.training.networks import build_networks
 
     if not path.is_dir():
         raise FileNotFoundError(f"There is no checkpoint {path}.")
@@ -239,20 +265,25 @@ def _student_of_run(path: Path, ema: bool) -> nn.Module:
     if found is None or warnings:
         raise CheckpointError(" ".join(warnings) + " Give the checkpoint to export itself.")
     manifest = read_manifest(found)
-    student = build_module(TrainConfig.model_validate(manifest.config)).student
-    weights = _averaged(found, manifest.world_size, student) if ema else _raw(found)
-    missing, unexpected = student.load_state_dict(weights, strict=False)
-    trained = {name for name, _ in student.named_parameters()}
-    if lacking := [*(trained & set(missing)), *unexpected]:
+    config = TrainConfig.model_validate(manifest.config)
+    student, _ = build_networks(
+        config, fill=False, meta=config.teacher.is_text_to_image
+    )  # all weights are trained ones
+    trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+    weights = _averaged(found, manifest.world_size, trained) if ema else _raw(found)
+    if lacking := sorted(trained.keys() ^ weights.keys()):
         raise CheckpointError(f"{found} does not hold the student of its own configuration: {lacking[0]} differs.")
-    return student
+    if config.student.lora is not None:
+        return student, adapter_weights(weights, config.student.lora), config.distillation.nfe
+    student.load_state_dict(weights, strict=False, assign=config.teacher.is_text_to_image)  # buffers are its own
+    return student, dict(student.state_dict()), config.distillation.nfe
 
 
-def _averaged(checkpoint: Path, world_size: int, student: nn.Module) -> dict[str, Tensor]:
-    """The whole average from the padded shards of all ranks."""
+def _averaged(checkpoint: Path, world_size: int, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole average, in the shapes of the `trained` parameters, from the padded shards of all ranks."""
     ranks = [safe_open(checkpoint / f"rank_{rank}.safetensors", "pt") for rank in range(world_size)]
     whole = {}
-    for name, parameter in student.named_parameters():
+    for name, parameter in trained.items():
         shards = torch.cat([file.get_tensor(f"ema.{name}") for file in ranks])
         whole[name] = shards[: parameter.numel()].reshape(parameter.shape)
     return whole
@@ -260,7 +291,30 @@ def _averaged(checkpoint: Path, world_size: int, student: nn.Module) -> dict[str
 
 def _raw(checkpoint: Path) -> dict[str, Tensor]:
     """The weights themselves, which DeepSpeed puts together from its shards."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="engine", exclude_frozen_parameters=True)
+    from piflow.training.errors import CheckpointError
+
+    try:
+        with _nothing_is_run(), safe_globals([LossScaler, ZeroStageEnum]):
+            weights = get_fp32_state_dict_from_zero_checkpoint(
+                str(checkpoint), tag="engine", exclude_frozen_parameters=True
+            )
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{checkpoint}/engine holds other things than weights, which can run code.") from error
     return {name.removeprefix("student."): tensor for name, tensor in weights.items() if name.startswith("student.")}
+
+
+@contextmanager
+def _nothing_is_run() -> Iterator[None]:
+    """Within: `torch.load` reads weights only. DeepSpeed asks for more, and only torch's variable overrules it."""
+    before = os.environ.get(WEIGHTS_ONLY)
+    os.environ[WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(WEIGHTS_ONLY)
+        if before is not None:
+            os.environ[WEIGHTS_ONLY] = before

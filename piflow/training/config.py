@@ -8,12 +8,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
 from pydantic import ValidationError as PydanticError
 
+from piflow.noise_schedule import segment_sizes
 from piflow.training.errors import ConfigError
 
 PositiveInt = Annotated[int, Field(strict=True, gt=0)]  # strict: true is not 1
@@ -26,26 +27,105 @@ class _Section(BaseModel):
 
 
 class TeacherConfig(_Section):
-    """`digits`: the teacher of piflow.digits. `dit`: a folder with a DiT in diffusers' or the published layout."""
+    """`digits`: the teacher of piflow.digits. `dit`: a folder with a DiT in diffusers' or the published layout.
+    `qwen_image`, `flux`, `flux2`: the transformer folder of a text-to-image model as diffusers saves it.
 
-    kind: Literal["digits", "dit"] = "digits"
+    `random`: a network of this architecture (what its class takes, beside its defaults) with random weights, for tests
+    and measurements, in place of `path`.
+    """
+
+    kind: Literal["digits", "dit", "qwen_image", "flux", "flux2"] = "digits"
     path: Path | None = None
+    random: dict[str, Any] | None = None
+
+    @property
+    def is_text_to_image(self) -> bool:
+        """Whether its condition is a prompt, and not a class label."""
+        return self.kind in ("qwen_image", "flux", "flux2")
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        if self.random is not None and (self.path is not None or self.kind == "digits"):
+            other = "teacher.kind=digits brings its own weights" if self.path is None else "teacher.path is given too"
+            raise ValueError(f"random weights are wanted, but {other}; leave one of them out")
+        return self
+
+
+class LoRAConfig(_Section):
+    """Low-rank updates of the linear layers whose dotted path ends with one of `targets`.
+
+    `alpha` None: as much as the rank, which is the published adapters' convention. `dropout` acts on what goes into the
+    update.
+    """
+
+    rank: PositiveInt
+    targets: Annotated[tuple[str, ...], Field(min_length=1)]
+    alpha: PositiveFloat | None = None
+    dropout: Fraction = 0.0
 
 
 class StudentConfig(_Section):
-    """The GM head put on the teacher's network; see GMDiTTransformer2DModelV2.from_teacher."""
+    """The head put on the teacher's network, and what is trained beside it: all (`lora` None), or low-rank updates.
 
+    `policy: gm` reads num_gaussians, constant_logstd, logstd and spread, `policy: dx` n_grid and dx_mode: see the
+    `from_teacher` of the students in piflow.models. `gradient_checkpointing` recomputes every block in the backward
+    pass.
+    """
+
+    policy: Literal["gm", "dx"] = "gm"
     num_gaussians: PositiveInt = 8
+    constant_logstd: float | None = None
     logstd: float = -1.0
     spread: NonNegativeFloat = 0.3
+    n_grid: PositiveInt = 10
+    dx_mode: Literal["grid", "polynomial"] = "grid"
+    lora: LoRAConfig | None = None
     gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _no_key_of_the_other_head(self) -> Self:
+        other = {
+            "gm": ("n_grid", "dx_mode"),
+            "dx": ("num_gaussians", "constant_logstd", "logstd", "spread"),
+        }[self.policy]
+        fields = type(self).model_fields
+        if wrong := [name for name in other if getattr(self, name) != fields[name].default]:
+            keys = ", ".join(f"student.{name}" for name in wrong)
+            head = "gm" if self.policy == "dx" else "dx"
+            raise ValueError(f"student.policy={self.policy} has no {keys}: of a {head} head only; leave it out")
+        return self
+
+
+class DynamicShift(_Section):
+    """A shift that grows with the number of image tokens; see piflow.noise_schedule.NoiseSchedule."""
+
+    base_seq_len: PositiveInt = 256
+    max_seq_len: PositiveInt = 4096
+    base_logshift: float = 0.5
+    max_logshift: float = 1.15
+    kind: Literal["exp", "sqrt"] = "exp"
+
+    @model_validator(mode="after")
+    def _lengths_grow(self) -> Self:
+        if self.base_seq_len >= self.max_seq_len:
+            raise ValueError(f"base_seq_len {self.base_seq_len} must be below max_seq_len {self.max_seq_len}")
+        return self
 
 
 class DistillationConfig(_Section):
     """pi-ID (arXiv 2510.14974, section 5). The teacher's share of the mixed trajectory starts at `teacher_ratio` and
     falls linearly to 0 over `teacher_ratio_decay` iterations (0: it stays).
+
+    data_free: all `nfe` segments in turn from pure noise, each from where the student's rollout ended; otherwise one
+    random segment of noised data. latent_shape (C, H, W): of that noise, where the data holds prompts or labels alone.
+    guidance_scale: classifier-free guidance of the teacher, at noise levels within `guidance_interval`, less the part
+    `guidance_orthogonal` (0 to 1) of it that is parallel to the conditional x_0. embedded_guidance: what a teacher that
+    was distilled with guidance (FLUX) takes as input; the student takes the same. `shift` is not read with a
+    `dynamic_shift`.
     """
 
+    data_free: bool = False
+    latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     nfe: PositiveInt = 1
     final_step_size_scale: PositiveFloat = 1.0
     total_substeps: PositiveInt = 128
@@ -56,24 +136,76 @@ class DistillationConfig(_Section):
     teacher_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     teacher_ratio_decay: NonNegativeInt = 0
     guidance_scale: NonNegativeFloat = 1.0
+    guidance_interval: tuple[NonNegativeFloat, NonNegativeFloat] | None = None
+    guidance_orthogonal: Annotated[float, Field(ge=0, le=1)] = 0.0
+    embedded_guidance: NonNegativeFloat | None = None
     shift: PositiveFloat = 1.0
+    dynamic_shift: DynamicShift | None = None
+
+    @model_validator(mode="after")
+    def _segments_hold_substeps(self) -> Self:
+        sizes = segment_sizes(self.nfe, self.final_step_size_scale)
+        substeps = round(min(sizes) * self.total_substeps)
+        if substeps < 1:
+            raise ValueError(
+                f"nfe={self.nfe} does not fit total_substeps={self.total_substeps}: the shortest of its segments is "
+                f"{min(sizes):.3g} of the time, less than one substep. Take more substeps or fewer nfe"
+            )
+        if self.window_substeps > substeps:
+            raise ValueError(
+                f"window_substeps={self.window_substeps} does not fit nfe={self.nfe}: the shortest of its segments has "
+                f"{substeps} of the {self.total_substeps} substeps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _guidance_is_ordered(self) -> Self:
+        if self.guidance_interval is not None and self.guidance_interval[0] > self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval must be (lowest, highest) noise level, got {self.guidance_interval}")
+        return self
+
+
+class RandomDataConfig(_Section):
+    """Shapes of made-up samples; what has none is left out. Tokens of a prompt: between one and `prompt_length`."""
+
+    size: PositiveInt = 1024
+    latents: tuple[PositiveInt, ...] | None = None
+    num_classes: PositiveInt | None = None
+    prompt_length: PositiveInt = 16
+    prompt_width: PositiveInt | None = None
+    pooled_width: PositiveInt | None = None
 
 
 class DataConfig(_Section):
-    """`workers` processes read ahead on each rank; 0 reads in the training process."""
+    """`latents` and `prompts`: a `path` that `piflow cache-latents` or `piflow cache-prompts` wrote; latents with the
+    `prompts` of the same source are captioned images. `random`: for tiny recipes.
 
-    kind: Literal["digits"] = "digits"
+    A damaged shard ends the run, or is left out with `on_corrupt: skip`; `verify: hash` reads every byte to find out,
+    `size` compares sizes. `workers` processes read ahead on each rank; 0 reads in the training process.
+    """
+
+    kind: Literal["digits", "latents", "prompts", "random"] = "digits"
+    path: Path | None = None
+    prompts: Path | None = None
+    on_corrupt: Literal["fatal", "skip"] = "fatal"
+    verify: Literal["size", "hash"] = "size"
     workers: NonNegativeInt = 0
+    random: RandomDataConfig = RandomDataConfig()
 
 
 class OptimizerConfig(_Section):
-    """AdamW with linear warm-up. `gradient_clipping` is the largest global gradient norm."""
+    """AdamW with linear warm-up; `adamw_8bit` keeps its moments in 8 bits (bitsandbytes, on GPUs).
 
+    `gradient_clipping` is the largest global gradient norm, from iteration `clipping_start_iteration` on.
+    """
+
+    kind: Literal["adamw", "adamw_8bit"] = "adamw"
     learning_rate: PositiveFloat = 1e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     weight_decay: NonNegativeFloat = 0.0
     warmup_iterations: NonNegativeInt = 0
     gradient_clipping: PositiveFloat = 1.0
+    clipping_start_iteration: NonNegativeInt = 0
 
     def learning_rate_at(self, iteration: int) -> float:
         """Linear from one `warmup_iterations`-th at iteration 0 to the full rate."""
@@ -94,18 +226,73 @@ class ZeroConfig(_Section):
     max_live_parameters: NonNegativeInt = 1_000_000_000
     max_reuse_distance: NonNegativeInt = 0
     param_persistence_threshold: NonNegativeInt = 0
+    reduce_bucket_size: PositiveInt = 500_000_000
+
+
+class WandbConfig(_Section):
+    """A project of Weights & Biases. `offline` keeps the run in the output folder, for `wandb sync`."""
+
+    project: Annotated[str, Field(min_length=1)]
+    entity: str | None = None
+    name: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+class LoggingConfig(_Section):
+    """In iterations; 0 is never.
+
+    profile_every: how often an iteration's communication is timed, which slows that one down. samples_every: how often
+    `num_samples` pictures of the averaged student are drawn, always of the same noise and conditions; `vae` (a folder)
+    decodes them. evaluate_every: how often `hooks` are called, "package.module:function" each, see
+    piflow.training.evaluation.
+    """
+
+    wandb: WandbConfig | None = None
+    profile_every: NonNegativeInt = 0
+    samples_every: NonNegativeInt = 0
+    num_samples: PositiveInt = 16
+    vae: Path | None = None
+    evaluate_every: NonNegativeInt = 0
+    hooks: tuple[str, ...] = ()
+
+
+class CheckpointConfig(_Section):
+    """A checkpoint `every` so many iterations. The newest `keep` stay (null: all), besides the one resumed from, the
+    last that is known to be good, and for ever those of the multiples of `keep_every`.
+    """
+
+    every: PositiveInt = 200
+    keep: PositiveInt | None = None
+    keep_every: PositiveInt | None = None
+
+
+class DirectoriesConfig(_Section):
+    """Where to put what: a local folder, or a URL of fsspec such as s3://bucket/run; null: below `output_dir`.
+
+    For a URL everything is written below `output_dir` too, and copied when it is whole.
+    """
+
+    checkpoints: str | None = None
+    logs: str | None = None
+    pictures: str | None = None
 
 
 class TrainConfig(_Section):
-    """One run. The global batch is `batch_size_per_rank` times the number of processes."""
+    """One run. Each process reads `batch_size_per_rank` samples at once, and as often in an iteration as `batch_size`,
+    the global batch, asks for (None: once).
+
+    An iteration whose loss or gradient is not finite on any rank is skipped on all; after `max_skipped_iterations` in a
+    row the run ends at the next one.
+    """
 
     output_dir: Path
     iterations: PositiveInt
     seed: Annotated[NonNegativeInt, Field(lt=2**63)] = 0
+    batch_size: PositiveInt | None = None
     batch_size_per_rank: PositiveInt = 32
     precision: Literal["float32", "bfloat16"] = "float32"
-    checkpoint_every: PositiveInt = 200
     log_every: PositiveInt = 10
+    max_skipped_iterations: NonNegativeInt = 10
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
     distillation: DistillationConfig = DistillationConfig()
@@ -113,6 +300,74 @@ class TrainConfig(_Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EMAConfig = EMAConfig()
     zero: ZeroConfig = ZeroConfig()
+    logging: LoggingConfig = LoggingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    directories: DirectoriesConfig = DirectoriesConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_checkpoint_every(cls, raw: Any) -> Any:
+        """`checkpoint_every`, as older files have it, is `checkpoint.every`."""
+        if isinstance(raw, dict) and "checkpoint_every" in raw:
+            raw = dict(raw)
+            every, section = raw.pop("checkpoint_every"), raw.get("checkpoint") or {}
+            if isinstance(section, dict):
+                raw["checkpoint"] = {"every": every, **section}
+        return raw
+
+    @model_validator(mode="after")
+    def _recipe_fits_the_teacher(self) -> Self:
+        text, student, distillation = self.teacher.is_text_to_image, self.student, self.distillation
+        kind = f"teacher.kind={self.teacher.kind}"
+        problems = [
+            problem
+            for applies, problem in (
+                (student.lora and not text, f"student.lora: {kind} has no LoRA; leave it out to train the whole"),
+                (
+                    student.lora and not student.gradient_checkpointing,
+                    "student.gradient_checkpointing must be true with student.lora: the teacher runs in the same "
+                    "blocks between forward and backward pass, which would leave all of them gathered",
+                ),
+                (
+                    student.policy == "dx" and distillation.policy_dropout,
+                    "distillation.policy_dropout drops mixture components, which student.policy=dx has not; set it "
+                    "to 0",
+                ),
+                (
+                    distillation.embedded_guidance is not None and self.teacher.kind not in ("flux", "flux2"),
+                    f"distillation.embedded_guidance is for FLUX teachers, {kind} takes guidance_scale",
+                ),
+                (
+                    text and self.data.kind == "digits",
+                    f"data.kind=digits has class labels, {kind} needs prompts: set data.kind",
+                ),
+                (
+                    self.batch_size is not None and self.batch_size % self.batch_size_per_rank,
+                    f"batch_size={self.batch_size} must be a multiple of batch_size_per_rank="
+                    f"{self.batch_size_per_rank}",
+                ),
+            )
+            if applies
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def accumulation(self, world_size: int) -> int:
+        """Batches that each of `world_size` processes reads in an iteration.
+
+        Raises ConfigError where the global batch does not divide.
+        """
+        at_once = self.batch_size_per_rank * world_size
+        if self.batch_size is None:
+            return 1
+        if self.batch_size % at_once:
+            raise ConfigError(
+                f"batch_size={self.batch_size} does not divide over {world_size} process(es) with batch_size_per_rank="
+                f"{self.batch_size_per_rank}: it must be a multiple of {at_once}. The nearest are "
+                f"{max(self.batch_size // at_once, 1) * at_once} and {(self.batch_size // at_once + 1) * at_once}."
+            )
+        return self.batch_size // at_once
 
     def to_yaml(self) -> str:
         """The resolved configuration; `load_config` reads it back."""
@@ -120,8 +375,23 @@ class TrainConfig(_Section):
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
-    """Read `path`, apply `a.b=c` overrides (values in YAML). Raises ConfigError that names the key and the remedy."""
+    """Read `path`, apply `a.b=c` overrides (values in YAML). Raises ConfigError that names the key and the remedy.
+
+    A file may begin from another: `base: PATH`, relative to itself, whose sections it then changes key by key.
+    """
     path = Path(path)
+    raw = _read(path)
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        return TrainConfig.model_validate(raw)
+    except PydanticError as error:
+        problems = "\n".join(f"  - {_explain(problem)}" for problem in error.errors())
+        raise ConfigError(f"{path} cannot be used:\n{problems}") from error
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The keys of a file, over those of its base."""
     if not path.is_file():
         raise ConfigError(
             f"There is no configuration file {path} (looked from {Path.cwd()}). Give the path of a YAML file."
@@ -132,13 +402,21 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold `key: value` pairs at its top, got a {type(raw).__name__}.")
-    for override in overrides:
-        _apply_override(raw, override)
-    try:
-        return TrainConfig.model_validate(raw)
-    except PydanticError as error:
-        problems = "\n".join(f"  - {_explain(problem)}" for problem in error.errors())
-        raise ConfigError(f"{path} cannot be used:\n{problems}") from error
+    if "base" not in raw:
+        return raw
+    base = path.parent / str(raw.pop("base"))
+    if path.resolve() in seen:
+        raise ConfigError(f"{path} has itself as its base.")
+    return _merged(_read(base, (*seen, path.resolve())), raw)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, section by section."""
+    whole = dict(base)
+    for key, value in over.items():
+        below = whole.get(key)
+        whole[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return whole
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -162,6 +440,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 def _explain(problem: Mapping[str, Any]) -> str:
     name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "value_error":  # of a validator, whose message names the keys
+        return f"{name}: {problem['ctx']['error']}" if name else str(problem["ctx"]["error"])
     if problem["type"] != "extra_forbidden":
         given = "" if problem["type"] == "missing" else f" (got {problem['input']!r})"
         return f"{name}: {problem['msg']}{given}"
@@ -174,5 +454,7 @@ def _explain(problem: Mapping[str, Any]) -> str:
 def _fields_at(location: tuple[Any, ...]) -> list[str]:
     model: Any = TrainConfig
     for part in location:
-        model = model.model_fields[part].annotation
+        annotation = model.model_fields[part].annotation
+        choices = [kind for kind in get_args(annotation) if hasattr(kind, "model_fields")]  # of an optional section
+        model = choices[0] if choices else annotation
     return list(model.model_fields)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,6 +56,26 @@ class ShardedEMA:
                     f"the average of {name} has {shadow[name].numel()} elements, expected {shard.numel()}."
                 )
             shard.copy_(shadow[name])
+
+    @contextlib.contextmanager
+    def swapped_in(self, engine: Any) -> Iterator[None]:
+        """The average in place of the weights until the end, and then the same weights as before, to the bit.
+
+        Collective at both ends. Within it the student may be evaluated, not trained or saved.
+        """
+        own = {name: p.ds_tensor.detach().clone() for name, p in self.parameters.items()}
+        self._put(engine, self.shadow)
+        try:
+            yield
+        finally:
+            self._put(engine, own)
+
+    @torch.no_grad()
+    def _put(self, engine: Any, shards: Mapping[str, Tensor]) -> None:
+        engine.empty_partition_cache()  # weights that are still gathered would stay the old ones
+        for name, p in self.parameters.items():
+            p.ds_tensor.copy_(shards[name])
+        engine.optimizer.checkpoint_event_epilogue()  # gathers those anew that ZeRO-3 never partitions
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The whole average {name: float32 on the CPU}, on rank 0; an empty dict elsewhere. Every rank must call it."""

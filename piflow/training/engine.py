@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import os
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,11 +17,15 @@ import torch
 from torch import nn
 
 from piflow.training.config import TrainConfig
-from piflow.training.errors import TrainingError
-from piflow.training.module import PiIDModule
+from piflow.training.errors import ConfigError, TrainingError
+from piflow.training.lora import lora_values
+from piflow.training.module import PiIDModule, build_module
+from piflow.training.networks import diffusers_class, teacher_source
+from piflow.training.watch import RankWatch
 
 LOCK_PATIENCE = 600  # seconds; the build takes about 30
 SHARED_MEMORY = Path("/dev/shm")
+_watch: list[RankWatch] = []
 
 
 def prepare_process() -> tuple[int, int]:
@@ -47,6 +53,9 @@ def prepare_process() -> tuple[int, int]:
     build_extension()
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     unname_shared_memory(torch.distributed.get_rank())
+    from piflow.training.loading import from_rank_0
+
+    _watch.append(RankWatch(torch.distributed.get_rank(), torch.distributed.get_world_size(), from_rank_0))
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
@@ -56,6 +65,8 @@ def leave_process(exit_code: int) -> NoReturn:
     Not through the interpreter's own end: threads of gloo that are still there when C++ tears down abort the process
     now and then ("terminate called without an active exception"), after everything was saved.
     """
+    for watch in _watch:
+        watch.close(exit_code)
     if exit_code == 0 and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -124,15 +135,21 @@ def await_lock(lock: Path, patience: float = LOCK_PATIENCE) -> None:
             time.sleep(0.2)
 
 
-def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
+def micro_steps(config: TrainConfig, world_size: int) -> int:
+    """Forward and backward passes in an iteration: one for each batch, of data-free training for each segment of it."""
+    return config.accumulation(world_size) * (config.distillation.nfe if config.distillation.data_free else 1)
+
+
+def deepspeed_config(config: TrainConfig, world_size: int = 1) -> dict[str, Any]:
     """The engine's settings. Clipping is explicit, because DeepSpeed's default changed between versions."""
     return {
         "train_micro_batch_size_per_gpu": config.batch_size_per_rank,
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": micro_steps(config, world_size),
         "gradient_clipping": config.optimizer.gradient_clipping,
         "bf16": {"enabled": config.precision == "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,  # of bitsandbytes
         "steps_per_print": 2**31,
         "zero_optimization": {
             "stage": 3,
@@ -142,9 +159,44 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
             "stage3_max_live_parameters": config.zero.max_live_parameters,
             "stage3_max_reuse_distance": config.zero.max_reuse_distance,
             "stage3_param_persistence_threshold": config.zero.param_persistence_threshold,
+            "reduce_bucket_size": config.zero.reduce_bucket_size,
             "log_trace_cache_warnings": True,
         },
     }
+
+
+def build_partitioned(config: TrainConfig, world_size: int) -> PiIDModule:
+    """The root module; a text-to-image base is read into partitions, so that no rank ever holds it whole. Collective.
+
+    Raises ConfigError on every rank alike, before anything large is read, where recipe, teacher and data do not fit.
+    """
+    if not config.teacher.is_text_to_image or config.teacher.random is not None:
+        return build_module(config)
+    import deepspeed
+
+    from piflow.training.loading import from_rank_0, load_partitioned, partition
+
+    problem = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            build_module(config, meta=True)
+        except ConfigError as error:
+            problem = str(error)
+    if problem := from_rank_0(problem):
+        raise ConfigError(problem)
+
+    precision: Any = {
+        "dtype": torch.bfloat16 if config.precision == "bfloat16" else torch.float32,
+        "config_dict_or_path": deepspeed_config(config, world_size),
+    }
+    networks = [
+        load_partitioned(diffusers_class(config.teacher), teacher_source(config.teacher), **precision)
+        for _ in range(1 if config.student.lora else 2)  # trained whole, the student has a base of its own
+    ]
+    ends = [p for network in networks for m in (network.norm_out, network.proj_out) for p in m.parameters()]
+    with deepspeed.zero.GatheredParameters(ends):
+        module = build_module(config, *networks, fill=False)
+    return partition(module, partial(lora_values, seed=config.seed), **precision)
 
 
 def build_engine(module: PiIDModule, config: TrainConfig) -> Any:
@@ -153,7 +205,7 @@ def build_engine(module: PiIDModule, config: TrainConfig) -> Any:
 
     for leaf in module.leaf_modules():
         deepspeed.utils.set_z3_leaf_module(leaf, True)
-    settings = deepspeed_config(config)
+    settings = deepspeed_config(config, torch.distributed.get_world_size())
     module.to(torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
     deepspeed.zero.Init(module=module, config_dict_or_path=settings)  # partitions before anything is put on a GPU
     engine, _, _, _ = deepspeed.initialize(model=module, optimizer=build_optimizer(module, config), config=settings)
@@ -162,16 +214,38 @@ def build_engine(module: PiIDModule, config: TrainConfig) -> Any:
     return engine
 
 
-def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters."""
+def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters: fused, or with moments in 8 bits.
+
+    In a bfloat16 run ZeRO-3 hands it float32 master weights of all of them, output layers included; what the network
+    computes with is rounded from these. Raises ConfigError as `check_optimizer` does.
+    """
     settings = config.optimizer
     trainable = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        trainable, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-    )
+    common: Any = {"lr": settings.learning_rate, "betas": settings.betas, "weight_decay": settings.weight_decay}
+    if settings.kind == "adamw":
+        return torch.optim.AdamW(trainable, **common, fused=True)
+    check_optimizer(config)
+    bitsandbytes: Any = importlib.import_module("bitsandbytes")
+    return bitsandbytes.optim.AdamW8bit(trainable, **common)
 
 
-def set_learning_rate(engine: Any, learning_rate: float) -> None:
-    """Set it for the coming step, in every parameter group."""
+def check_optimizer(config: TrainConfig) -> None:
+    """ConfigError where the optimiser of 8 bits cannot run: without bitsandbytes, or without a GPU."""
+    if config.optimizer.kind == "adamw":
+        return
+    otherwise = "or set optimizer.kind=adamw."
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"optimizer.kind=adamw_8bit needs bitsandbytes: `pip install 'piflow[quantization]'`, {otherwise}"
+        )
+    if not torch.cuda.is_available():
+        raise ConfigError(f"optimizer.kind=adamw_8bit needs a GPU, this machine has none: use one, {otherwise}")
+
+
+def set_for_iteration(engine: Any, config: TrainConfig, iteration: int) -> None:
+    """Learning rate and clipping of the coming step."""
+    settings = config.optimizer
     for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = settings.learning_rate_at(iteration)
+    engine.optimizer.clip_grad = settings.gradient_clipping if iteration >= settings.clipping_start_iteration else 0.0

@@ -69,7 +69,9 @@ def launch_module(command: Sequence[str], num_processes: int, *, on_line: Callab
         name = signal.Signals(signals.received).name
         raise Interrupted(f"`{' '.join(command)}` was stopped by {name}. Its last lines:\n{said}", signals.received)
     if code:
-        raise TrainingError(f"`{' '.join(command)}` {_describe(code)}. Its last lines:\n{said}")
+        error = TrainingError(f"`{' '.join(command)}` {_describe(code)}. Its last lines:\n{said}")
+        error.exit_code = code if code > 0 else 128 - code
+        raise error
 
 
 def launcher_command(command: Sequence[str], num_processes: int) -> list[str]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import shlex
 import shutil
+import sys
 import tempfile
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,28 @@ import torch
 import torch.distributed as dist
 from torch import Generator, Tensor
 
-from piflow.training.checkpoint import Progress, check_fits, find_checkpoint, load_checkpoint, save_checkpoint
+from piflow.models.export import published_config, write_folder
+from piflow.training.checkpoint import (
+    CheckpointFolder,
+    Progress,
+    check_fits,
+    check_space,
+    load_checkpoint,
+    save_checkpoint,
+)
 from piflow.training.config import TrainConfig
 from piflow.training.data import build_loader, derive_seed
 from piflow.training.ema import ShardedEMA
-from piflow.training.engine import build_engine, set_learning_rate
+from piflow.training.engine import build_engine, build_partitioned, check_optimizer, set_for_iteration
 from piflow.training.errors import CheckpointError, ConfigError, TrainingError
+from piflow.training.evaluation import Evaluation
 from piflow.training.logging import RunLogger
-from piflow.training.module import build_module
+from piflow.training.lora import adapter_weights
+from piflow.training.measure import Meter
+from piflow.training.module import PiIDModule
+from piflow.training.networks import Batch, as_batch
 from piflow.training.signals import StopSignal
+from piflow.training.storage import RunFolder, StorageError, run_folder
 
 NOISE_STREAM = 1
 
@@ -29,19 +45,30 @@ NOISE_STREAM = 1
 class Trainer:
     """One rank of a distillation run."""
 
-    def __init__(self, config: TrainConfig, rank: int, world_size: int) -> None:
+    def __init__(self, config: TrainConfig, rank: int, world_size: int, module: PiIDModule | None = None) -> None:
+        """`module`: the root module to train, instead of the one that is built from the configuration."""
         self.config, self.rank, self.world_size = config, rank, world_size
         self.output_dir = Path(_broadcast(str(config.output_dir)))
-        self.checkpoints = self.output_dir / "checkpoints"
+        placed = config.model_copy(update={"output_dir": self.output_dir})
+        self.checkpoints = run_folder(placed, "checkpoints", "checkpoints")
+        self.logs, self.pictures = run_folder(placed, "logs", "tensorboard"), run_folder(placed, "pictures", "pictures")
+        self.store = CheckpointFolder(self.checkpoints.local, self.checkpoints.remote, config.checkpoint)
         torch.manual_seed(derive_seed(config.seed, rank))
-        module = build_module(config)
-        if problem := _broadcast(_folder_problem(self.checkpoints) if rank == 0 else None):
-            raise ConfigError(f"output_dir {self.output_dir} cannot be used: {problem}. Choose another output_dir.")
+        check_optimizer(config)
+        self.evaluation = Evaluation(config.logging, self.pictures.local, rank)
+        self.accumulation = config.accumulation(world_size)
+        module = module or build_partitioned(config, world_size)
+        folders = (self.checkpoints, self.logs, self.pictures) if rank == 0 else ()
+        if problem := _broadcast(next(filter(None, map(_folder_problem, folders)), None)):
+            raise ConfigError(f"{problem}. Choose another output_dir, or other `directories`.")
         self.engine = build_engine(module, config)
         self.ema = ShardedEMA(self.engine.module.student, config.ema)
+        self.meter = Meter(self.engine.module, self.engine.device, config.logging.profile_every)
         self.progress = Progress()
+        self.resumed_from: Path | None = None
         self.newest: Path | None = None  # checkpoint of this run, written or resumed from
         self.last_good: Path | None = None  # one from which a loss was finite
+        self.skipped = self.skipped_in_a_row = 0  # iterations without a step, in this process
 
     def resume(self, resume: str) -> list[str]:
         """Load the checkpoint that `resume` asks for, if any; returns messages for the person."""
@@ -50,8 +77,7 @@ class Trainer:
             return messages
         messages += check_fits(path, self.config, self.world_size)
         try:
-            self.progress, shards = load_checkpoint(path, self.engine)
-            self.ema.load(shards)
+            self.progress = load_checkpoint(path, self.engine, self.ema, self.config.seed, self.store.local)
         except (RuntimeError, ValueError, AssertionError, OSError, KeyError) as error:
             if isinstance(error, TrainingError):
                 raise
@@ -59,19 +85,22 @@ class Trainer:
                 f"{path} does not fit this configuration: {str(error).partition(chr(10))[0]} "
                 "Use the configuration that it was written with, or another output_dir."
             ) from error
-        self.newest = path
+        self.newest = self.resumed_from = path
         return [*messages, f"resumed from {path} at iteration {self.progress.iteration}"]
 
     def _agree_on_checkpoint(self, resume: str) -> tuple[Path | None, list[str]]:
         """Rank 0 looks and verifies; all ranks take its answer, or raise its error."""
-        found: tuple[Path | None, list[str]] | CheckpointError | None = None
+        found: tuple[Path | None, list[str]] | TrainingError | None = None
         if self.rank == 0:
             try:
-                found = find_checkpoint(self.checkpoints, resume)
-            except CheckpointError as error:
+                self.store.clean()
+                found = self.store.find(resume)
+                if problem := check_space(self.store.local, self.ema):
+                    found = CheckpointError(f"{problem} Free some space, or choose another output_dir.")
+            except TrainingError as error:
                 found = error
         found = _broadcast(found)
-        if isinstance(found, CheckpointError):
+        if isinstance(found, TrainingError):
             raise found
         assert found is not None
         return found
@@ -86,50 +115,107 @@ class Trainer:
         with StopSignal() as signals:
             batches = iter(loader)
             while self.progress.iteration < config.iterations and not stop:
-                images, labels = next(batches)
-                loss, grad_norm, stop = self.step(images, labels, signals)
+                with self.meter.iteration(self.progress.iteration):
+                    with self.meter.section("data"):
+                        read = [as_batch(batch) for batch in islice(batches, self.accumulation)]
+                    loss, grad_norm, stop = self.step(read, signals)
                 done = self.progress.iteration
-                logger.step(done, loss, grad_norm, config.optimizer.learning_rate_at(done - 1))
-                if stop or done % config.checkpoint_every == 0 or done == config.iterations:
+                if self.skipped_in_a_row:
+                    logger.say(f"iteration {done} was skipped on every rank: loss {loss}, gradient norm {grad_norm}")
+                measured = self.meter.collect() if logger.is_due(done) else {}
+                logger.step(done, loss, grad_norm, config.optimizer.learning_rate_at(done - 1), measured)
+                self.evaluation.run(self, loader.dataset, logger)
+                if stop or done % config.checkpoint.every == 0 or done == config.iterations:
                     self.save()
         return stop
 
     def save(self) -> Path:
         """Write a checkpoint; collective. Raises TrainingError on every rank, and writes nothing, if a weight of any is
-        not finite.
+        not finite, or if the disk is full.
         """
         self._check_weights()
-        self.newest = save_checkpoint(self.checkpoints, self.engine, self.progress, self.ema.shadow, self.config)
+        good = (self.resumed_from, self.last_good)
+        self.newest = save_checkpoint(self.store, self.engine, self.progress, self.ema, self.config, good)
+        self.mirror()
         return self.newest
 
-    def step(self, images: Tensor, labels: Tensor, signals: StopSignal | None = None) -> tuple[float, float, int]:
-        """One iteration: (mean loss, gradient norm, signal that any rank has received). Raises on every rank alike."""
-        iteration, device = self.progress.iteration, self.engine.device
+    def close(self) -> None:
+        """The last copies of logs and pictures, once nobody writes to them any more."""
+        self.mirror()
+
+    def mirror(self) -> None:
+        """Rank 0 copies what is new of logs and pictures to their URLs; where that fails it says so, and goes on."""
+        for folder in (self.logs, self.pictures) if self.rank == 0 else ():
+            try:
+                folder.mirror()
+            except StorageError as error:
+                print(f"piflow.train: {error} It stays in {folder.local}.", file=sys.stderr, flush=True)
+
+    def step(self, batches: Sequence[Batch], signals: StopSignal | None = None) -> tuple[float, float, int]:
+        """One iteration over this rank's batches: (mean loss, gradient norm, signal that any rank has received).
+
+        Where a loss or gradient of any rank is not finite, no rank takes the step. Raises on every rank alike, after
+        too many such iterations in a row.
+        """
+        iteration = self.progress.iteration
         generator = Generator().manual_seed(derive_seed(self.config.seed, NOISE_STREAM, iteration, self.rank))
-        set_learning_rate(self.engine, self.config.optimizer.learning_rate_at(iteration))
-        loss = self.engine(images.to(device), labels.to(device), iteration, generator)
+        set_for_iteration(self.engine, self.config, iteration)
+        loss = self._accumulate(batches, generator)
 
         # One small collective carries the mean loss and the signals, so that all ranks take the same decision.
-        facts = torch.stack([loss.detach().float(), torch.zeros_like(loss, dtype=torch.float32)])
-        facts[1] = signals.received if signals else 0
+        facts = torch.stack([loss, torch.full_like(loss, signals.received if signals else 0)])
         everyone = [torch.empty_like(facts) for _ in range(self.world_size)]
         dist.all_gather(everyone, facts)
         losses, received = torch.stack(everyone).unbind(dim=1)
-        mean_loss = losses.mean().item()
-        if not math.isfinite(mean_loss):
-            ranks = [rank for rank, value in enumerate(losses.tolist()) if not math.isfinite(value)]
-            raise self._not_finite(f"The loss of rank {ranks[0]} is {losses[ranks[0]].item()}", iteration + 1)
-
-        self.last_good = self.newest
-        self.engine.backward(loss)
-        self.engine.step()
+        with self.meter.section("optimizer"):
+            self.engine.step()  # which does nothing where the norm of all ranks' gradients is not finite
         grad_norm = float(self.engine.get_global_grad_norm())
-        if not math.isfinite(grad_norm):
-            raise self._not_finite(f"The gradient norm is {grad_norm}", iteration + 1)
-        self.ema.update(iteration)
-        consumed = self.config.batch_size_per_rank * self.world_size
-        self.progress = Progress(iteration + 1, self.progress.position + consumed)
+        if self.engine.was_step_applied():
+            self.last_good, self.skipped_in_a_row = self.newest, 0
+            self.ema.update(iteration)
+        else:
+            self._skip(losses.tolist(), iteration + 1)
+        consumed = self.config.batch_size_per_rank * self.world_size * len(batches)
+        mean_loss = losses.mean().item()
+        self.progress = Progress(iteration + 1, self.progress.position + consumed, mean_loss)
         return mean_loss, grad_norm, int(received.max().item())
+
+    def _accumulate(self, batches: Sequence[Batch], generator: Generator) -> Tensor:
+        """Forward and backward passes over the batches, data-free one for each segment; returns the mean loss ()."""
+        device, iteration = self.engine.device, self.progress.iteration
+        segments: list[int | None] = [None]
+        if self.config.distillation.data_free:
+            segments = list(range(self.config.distillation.nfe))
+        total = torch.zeros((), device=device)
+        for number, loaded in enumerate(batches, start=1):
+            batch = {name: value.to(device) for name, value in loaded.items()}
+            x_src = None
+            for segment in segments:
+                last = number == len(batches) and segment == segments[-1]
+                self.engine.set_gradient_accumulation_boundary(last)
+                with self.meter.section("forward"):
+                    loss = self.engine(batch, iteration, generator, segment, x_src)
+                self.meter.observe()
+                x_src = self.engine.module.last.x_dst
+                total += loss.detach()
+                # A loss that is not finite makes all gradients so, on every rank once they are reduced. Passes go on,
+                # so that all ranks stay at the same collective.
+                finite = torch.where(loss.detach().isfinite(), 1.0, math.nan)
+                with self.meter.section("backward"):
+                    self.engine.backward(loss * (finite / len(batches)), scale_wrt_gas=False)
+        return total / len(batches)
+
+    def _skip(self, losses: list[float], iteration: int) -> None:
+        """Count an iteration without a step; the same error on every rank where there were too many in a row."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row <= self.config.max_skipped_iterations:
+            return
+        ranks = [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
+        what = f"The loss of rank {ranks[0]} is {losses[ranks[0]]}" if ranks else "The gradient norm is not finite"
+        if self.skipped_in_a_row > 1:
+            what = f"{self.skipped_in_a_row} iterations in a row were skipped. {what}"
+        raise self._not_finite(what, iteration)
 
     def _not_finite(self, what: str, iteration: int) -> TrainingError:
         then = "start again in another output_dir" if self.newest else "start again"
@@ -150,20 +236,18 @@ class Trainer:
             raise self._not_finite("The student's weights are not finite", self.progress.iteration)
 
     def export(self) -> Path:
-        """Write the averaged student to `<output_dir>/student` as a diffusers folder (safetensors); collective."""
+        """Write the averaged student to `<output_dir>/student` (safetensors); collective.
+
+        A diffusers folder, or, of a LoRA run, an adapter in the published format.
+        """
         self._check_weights()
         folder = self.output_dir / "student"
         weights = self.ema.full_state_dict()
         if self.rank == 0:
-            student = self.engine.module.student
-            exported = type(student).from_config(student.config)
-            missing, unexpected = exported.load_state_dict(weights, strict=False)
-            if missing or unexpected:
-                raise TrainingError(f"The student cannot be exported: {missing} are missing, {unexpected} are unknown.")
             unfinished, replaced = (self.output_dir / f"{state}_student" for state in ("unfinished", "replaced"))
             for rest in (unfinished, replaced):  # of a process that was killed here
                 shutil.rmtree(rest, ignore_errors=True)
-            exported.save_pretrained(unfinished)
+            self._write_student(unfinished, weights)
             if folder.exists():
                 folder.rename(replaced)
             unfinished.rename(folder)
@@ -171,13 +255,30 @@ class Trainer:
         dist.barrier()
         return folder
 
+    def _write_student(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        student, lora = self.engine.module.student, self.config.student.lora
+        if lora is not None:
+            kind = {"gm": "GMFlow", "dx": "DX"}[self.config.student.policy]
+            policy = {"type": kind, "nfe": self.config.distillation.nfe}
+            write_folder(folder, published_config(student), adapter_weights(weights, lora), policy)
+            return
+        exported = type(student).from_config(student.config)
+        missing, unexpected = exported.load_state_dict(weights, strict=False)
+        if missing or unexpected:
+            raise TrainingError(f"The student cannot be exported: {missing} are missing, {unexpected} are unknown.")
+        exported.save_pretrained(folder)
 
-def _folder_problem(folder: Path) -> str | None:
-    """Make the folder and try to write into it; what goes wrong, or None."""
+
+def _folder_problem(folder: RunFolder) -> str | None:
+    """Make the folder and try to write into it, and at its URL; what goes wrong, or None."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        folder.local.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder.local).close()
+        if folder.remote:
+            folder.remote.check()
     except OSError as error:
+        return f"{folder.local} cannot be used: {error}"
+    except StorageError as error:
         return str(error)
     return None
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from tests.golden_vectors import GOLDEN, load_group
 ADAPTER = GOLDEN / "g08_export_gmqwen"
 PUBLISHED = json.loads((ADAPTER / "keys_and_metadata.json").read_text())
 GROUP = load_group("g08_lora_export")
+STUDENT = {"_class_name": "GMQwenImageTransformer2DModel"}
 
 
 @pytest.fixture
@@ -162,6 +165,11 @@ def test_a_saved_student_with_lora(base: QwenImageTransformer2DModel, tmp_path: 
     torch.testing.assert_close(call(loaded).means, GROUP["gmqwen.adapter"].outputs["means"], atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="a saved student, without raw weights"):
         export_checkpoint(tmp_path / "saved", tmp_path / "raw", ema=False)
+    with pytest.raises(ValueError, match="policy_config asks for the policy 'DX', but is a GMQwenImageTransformer2D"):
+        export_checkpoint(tmp_path / "saved", tmp_path / "dx", policy_config={"type": "DX"})
+    base.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"base holds no student of piflow\.models"):
+        export_checkpoint(tmp_path / "base", tmp_path / "dx")
 
 
 @pytest.fixture
@@ -196,7 +204,7 @@ def test_a_training_checkpoint_by_any_of_its_folders(
     folder, student = checkpoint
     path = {"step": folder, "checkpoints": folder.parent, "run": folder.parent.parent}[which]
     out = export_checkpoint(path, tmp_path / "out")
-    assert facts(out)["metadata"] == {"policy_config": '{"type": "GMFlow"}'}
+    assert facts(out)["metadata"] == {"policy_config": '{"type": "GMFlow", "nfe": 1}'}
     loaded, found = GMDiTTransformer2DModelV2.from_pretrained(out, output_loading_info=True)
     assert not found["missing_keys"]
     assert not found["unexpected_keys"]
@@ -220,21 +228,46 @@ def test_damaged_checkpoints_are_refused(checkpoint: tuple[Path, Any], tmp_path:
 
 def test_only_an_earlier_export_is_replaced_and_only_if_asked(tmp_path: Path) -> None:
     one, two = ({"w": torch.full((2,), value)} for value in (1.0, 2.0))
-    out = write_folder(tmp_path / "out", {"a": 1}, one, {})
+    out = write_folder(tmp_path / "out", {**STUDENT, "a": 1}, one, {})
     with pytest.raises(FileExistsError, match="is there already"):
-        write_folder(out, {"a": 2}, two, {})
-    assert json.loads((out / CONFIG).read_text()) == {"a": 1}
-    write_folder(out, {"a": 2}, two, {}, overwrite=True)
+        write_folder(out, {**STUDENT, "a": 2}, two, {})
+    assert json.loads((out / CONFIG).read_text()) == {**STUDENT, "a": 1}
+    write_folder(out, {**STUDENT, "a": 2}, two, {}, overwrite=True)
     assert torch.equal(load_file(out / WEIGHTS)["w"], two["w"])
     (out / "thesis.tex").write_text("years")
     with pytest.raises(FileExistsError, match=r"is no earlier export, it holds thesis\.tex"):
-        write_folder(out, {"a": 3}, one, {}, overwrite=True)
+        write_folder(out, {**STUDENT, "a": 3}, one, {}, overwrite=True)
     assert sorted(os.listdir(out)) == [CONFIG, WEIGHTS, "thesis.tex"]
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_another_networks_folder_and_a_link_are_not_replaced(base: QwenImageTransformer2DModel, tmp_path: Path) -> None:
+    base.save_pretrained(tmp_path / "base")  # the very names of an export
+    with pytest.raises(FileExistsError, match="is no earlier export, it holds no student"):
+        write_folder(tmp_path / "base", STUDENT, {}, {}, overwrite=True)
+    QwenImageTransformer2DModel.from_pretrained(tmp_path / "base")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    assert write_folder(tmp_path / "link", STUDENT, {"w": torch.ones(2)}, {}) == tmp_path / "disk"
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "link" / WEIGHTS).is_file()
+
+
+def test_a_full_disk_is_one_message(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match=r"out cannot be written: .*[Ff]ile too large"):
+            write_folder(tmp_path / "out", STUDENT, {"w": torch.ones(5000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_failed_export_leaves_nothing_behind(tmp_path: Path) -> None:
-    out = write_folder(tmp_path / "out", {"a": 1}, {"w": torch.ones(2)}, {})
+    out = write_folder(tmp_path / "out", {**STUDENT, "a": 1}, {"w": torch.ones(2)}, {})
     with pytest.raises(TypeError):
         write_folder(out, {"a": object()}, {"w": torch.zeros(2)}, {}, overwrite=True)
     with pytest.raises(TypeError):

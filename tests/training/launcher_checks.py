@@ -16,7 +16,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 
 from piflow.training.checkpoint import verify
@@ -27,16 +27,18 @@ from piflow.training.engine import build_optimizer, leave_process, prepare_proce
 from piflow.training.errors import TrainingError
 from piflow.training.loop import NOISE_STREAM, Trainer
 from piflow.training.module import build_module
+from piflow.training.networks import Batch, as_batch
 
 ITERATIONS, SAVED_AT = 6, 3
 
-Batches = list[list[tuple[Tensor, Tensor]]]  # [rank][iteration] -> (images, labels)
+Batches = list[list[Batch]]  # [rank][iteration]
 
 
 def make_config(folder: Path, teacher: Path, checkpointing: bool = False) -> TrainConfig:
     return TrainConfig.model_validate({
         "output_dir": folder / "run",
         "iterations": ITERATIONS,
+        "max_skipped_iterations": 1,
         "batch_size_per_rank": 4,
         "teacher": {"kind": "digits", "path": teacher},
         "student": {"num_gaussians": 4, "gradient_checkpointing": checkpointing},
@@ -61,7 +63,7 @@ def plain_loop(config: TrainConfig, batches: Batches) -> dict[str, Any]:
         per_rank = []
         for rank, rank_batches in enumerate(batches):
             generator = Generator().manual_seed(derive_seed(config.seed, NOISE_STREAM, iteration, rank))
-            per_rank.append(module(*rank_batches[iteration], iteration, generator))
+            per_rank.append(module(rank_batches[iteration], iteration, generator))
         loss = torch.stack(per_rank).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -77,8 +79,13 @@ def plain_loop(config: TrainConfig, batches: Batches) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "average": average}
 
 
-def run(trainer: Trainer, batches: list[tuple[Tensor, Tensor]], first: int, last: int) -> list[tuple[float, float]]:
-    return [trainer.step(*batches[i])[:2] for i in range(first, last)]
+def run(trainer: Trainer, batches: list[Batch], first: int, last: int) -> list[tuple[float, float]]:
+    return [trainer.step([batches[i]])[:2] for i in range(first, last)]
+
+
+def shards(trainer: Trainer) -> list[Tensor]:
+    """This rank's weights and averages."""
+    return [shard.clone() for shard in (*trainer.ema.current_shards().values(), *trainer.ema.shadow.values())]
 
 
 def main() -> None:
@@ -90,7 +97,8 @@ def main() -> None:
     rank, world_size = prepare_process()
     config = make_config(arguments.folder, arguments.teacher)
     batches = [
-        list(islice(build_loader(config.data, config.seed, 4, 0, r, world_size), ITERATIONS)) for r in range(world_size)
+        [as_batch(b) for b in islice(build_loader(config.data, config.seed, 4, 0, r, world_size), ITERATIONS)]
+        for r in range(world_size)
     ]
     report: dict[str, Any] = {"world_size": world_size}
 
@@ -137,8 +145,20 @@ def main() -> None:
         return sorted((p.as_posix(), p.stat().st_mtime_ns) for p in again.output_dir.rglob("*"))
 
     before = files()
-    poison = batches[rank][0][0] * (float("nan") if rank == 1 else 1.0)
-    report["nan_messages"] = refusals(lambda: again.step(poison, batches[rank][0][1]))
+    good = batches[rank][0]
+    poison = {**good, "latents": good["latents"] * (float("nan") if rank == 1 else 1.0)}
+    report["skipped_messages"], weights = [], shards(again)
+    report["skipped_messages"] += refusals(lambda: again.step([poison]))
+    unchanged = [all(torch.equal(a, b) for a, b in zip(weights, shards(again)))] * world_size
+    dist.all_gather_object(unchanged, unchanged[rank])
+    report["skipped_unchanged"] = unchanged
+    report["skipped"] = [again.skipped, again.skipped_in_a_row, again.progress.iteration]
+    report["step_after_a_skip"] = again.step([good])[:2]
+    report["moved_after_a_skip"] = not all(torch.equal(a, b) for a, b in zip(weights, shards(again)))
+    report["skipped_messages"] += refusals(lambda: again.step([poison]))
+    weights = shards(again)
+    report["nan_messages"] = refusals(lambda: again.step([poison]))
+    report["nan_unchanged"] = all(torch.equal(a, b) for a, b in zip(weights, shards(again)))
     if rank == 1:
         next(iter(again.ema.shadow.values()))[0] = float("inf")
     report["broken_average_messages"] = [refusals(again.save), refusals(again.export)]
@@ -157,6 +177,12 @@ def main() -> None:
     report["ema_difference"] = max(
         [(value - average[name]).abs().max().item() for name, value in gathered.items()] or [0]
     )
+
+    trainer.save()  # at the iteration of its export above
+    raw = dict(trainer.engine.module.student.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(raw.values())):
+        if rank == 0:
+            save_file({name: p.detach().clone() for name, p in raw.items()}, arguments.folder / "raw.safetensors")
 
     if rank == 0:
         expected = plain_loop(config, batches)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
+import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,16 +20,19 @@ from safetensors.torch import save_file
 
 from piflow.training.checkpoint import (
     MANIFEST,
+    CheckpointFolder,
     check_fits,
     find_checkpoint,
     random_states,
     restore_random_states,
+    superseded,
     verify,
     write_manifest,
 )
-from piflow.training.config import OptimizerConfig, StudentConfig, TrainConfig
-from piflow.training.errors import CheckpointError
+from piflow.training.config import CheckpointConfig, OptimizerConfig, StudentConfig, TrainConfig, load_config
+from piflow.training.errors import CheckpointError, ConfigError, TrainingError
 from piflow.training.loop import _folder_problem
+from piflow.training.storage import Remote, RunFolder
 
 CONFIG = TrainConfig.model_validate({"output_dir": "run", "iterations": 300})
 
@@ -136,8 +143,12 @@ def test_another_configuration_is_named(folder: Path) -> None:
     unfit = CONFIG.model_copy(update={"student": StudentConfig(num_gaussians=3), "precision": "bfloat16"})
     with pytest.raises(CheckpointError, match=r"student.num_gaussians was 8, is 3; precision was 'float32', is 'bf"):
         check_fits(path, unfit, 1)
-    with pytest.raises(CheckpointError, match=r"written by 1 process\(es\), this run has 2\. Start it with 1"):
-        check_fits(path, CONFIG, 2)
+
+
+def test_another_number_of_processes_is_said(folder: Path) -> None:
+    (warning,) = check_fits(folder / "step_000100", CONFIG, 2)
+    assert "written by 1 process(es), this run has 2: an iteration takes 64 samples instead of 32" in warning
+    assert "the data goes on at sample 0" in warning
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -177,6 +188,183 @@ def test_random_states_round_trip_through_safetensors(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert _folder_problem(tmp_path / "new" / "checkpoints") is None
-    assert str(tmp_path / "file") in (_folder_problem(tmp_path / "file" / "checkpoints") or "")
+    assert _folder_problem(RunFolder(tmp_path / "new" / "checkpoints")) is None
+    assert str(tmp_path / "file") in (_folder_problem(RunFolder(tmp_path / "file" / "checkpoints")) or "")
     assert list((tmp_path / "new" / "checkpoints").iterdir()) == []
+
+
+# ---- which stay
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "protected", "gone"),
+    [
+        (None, None, (), []),
+        (None, 100, (), []),
+        (2, None, (), [1, 2, 100, 150]),
+        (2, 100, (), [1, 2, 150]),
+        (1, None, (2, 200), [1, 100, 150]),
+        (9, None, (), []),
+    ],
+)
+def test_superseded(keep: int | None, keep_every: int | None, protected: tuple[int, ...], gone: list[int]) -> None:
+    """350 is of an attempt that was given up; it is neither counted nor removed."""
+    names = [f"step_{n:06d}" for n in (250, 1, 2, 100, 150, 200, 350)] + ["unfinished_step_000001", "latest"]
+    config = CheckpointConfig(keep=keep, keep_every=keep_every)
+    found = superseded(names, "step_000250", config, {f"step_{n:06d}" for n in protected})
+    assert found == [f"step_{n:06d}" for n in gone]
+
+
+@pytest.mark.parametrize("text", ["checkpoint_every: 7", "checkpoint: {every: 7}"])
+def test_both_ways_to_say_how_often(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"output_dir: out\niterations: 1\n{text}\n")
+    assert load_config(path).checkpoint == CheckpointConfig(every=7)
+    assert load_config(path, ["checkpoint.keep=2"]).checkpoint == CheckpointConfig(every=7, keep=2)
+    with pytest.raises(ConfigError, match=r"unknown key `checkpoint\.keeep`: did you mean `keep`"):
+        load_config(path, ["checkpoint.keeep=2"])
+    with pytest.raises(ConfigError, match=r"checkpoint\.keep: .* \(got 0\)"):
+        load_config(path, ["checkpoint.keep=0"])
+
+
+def write_step(path: Path, iteration: int) -> dict[str, Any]:
+    """Files of a checkpoint, without a manifest; returns what is to be in it."""
+    (path / "engine").mkdir(parents=True)
+    (path / "engine" / "shard.pt").write_bytes(bytes([iteration % 256]) * 64)
+    save_file({"ema.w": torch.full((3,), float(iteration))}, path / "rank_0.safetensors")
+    return {"iteration": iteration, "position": 0, "world_size": 1, "config": CONFIG.model_dump(mode="json")}
+
+
+def save_step(store: CheckpointFolder, iteration: int) -> None:
+    """What rank 0 does once all shards are written."""
+    unfinished = store.local / f"unfinished_step_{iteration:06d}"
+    path = store.publish(unfinished, write_step(unfinished, iteration))
+    store.upload(path)
+    store.prune(path, [])
+
+
+def test_killed_before_any_file_operation(tmp_path: Path) -> None:
+    """A forked process saves and prunes, and is gone before its n-th operation on files, for every n there is."""
+    changing = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate", "shutil.copyfile"}
+    seen: set[str] = set()
+    for n in range(1000):
+        local, url = tmp_path / f"{n}" / "local", f"file://{tmp_path}/{n}/remote"
+        store = CheckpointFolder(local, Remote(url), CheckpointConfig(keep=1))
+        local.mkdir(parents=True)
+        save_step(store, 1)
+        child = os.fork()
+        if child == 0:
+            left = n
+
+            def audit(event: str, arguments: tuple[Any, ...]) -> None:
+                nonlocal left
+                writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+                if writes or event in changing:
+                    if left == 0:
+                        os._exit(9)
+                    left -= 1
+
+            sys.addaudithook(audit)
+            try:
+                save_step(store, 2)
+            finally:
+                os._exit(0)
+        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+        again = CheckpointFolder(local, Remote(url), CheckpointConfig(keep=1))
+        again.clean()
+        path, warnings = again.find("auto")
+        assert path is not None, f"nothing left when killed before operation {n}"
+        assert not warnings or "copied" in warnings[0]
+        assert verify(path) is None
+        assert not [p for p in local.iterdir() if not p.name.startswith(("step_", "latest", "replaced_"))]
+        shutil.rmtree(local)
+        local.mkdir()
+        elsewhere, _ = again.find("auto")
+        assert elsewhere is not None, f"nothing at the URL when killed before operation {n}"
+        seen |= {path.name, elsewhere.name}
+        if not killed:
+            assert (path.name, elsewhere.name) == ("step_000002", "step_000002")
+            assert sorted(os.listdir(tmp_path / f"{n}" / "remote")) == ["latest", "step_000002"]
+            break
+        shutil.rmtree(tmp_path / f"{n}")
+    assert n > 25
+    assert seen == {"step_000001", "step_000002"}
+
+
+# ---- at a URL
+
+
+@pytest.fixture
+def remote() -> Remote:
+    return Remote(f"memory://{uuid.uuid4().hex}/run")
+
+
+@pytest.mark.parametrize("resume", ["auto", "latest"])
+def test_the_newest_is_found_here_or_there(tmp_path: Path, remote: Remote, resume: str) -> None:
+    here, elsewhere = (CheckpointFolder(tmp_path / name, remote) for name in ("here", "elsewhere"))
+    assert here.find("auto") == (None, [])
+    save_step(here, 100)
+    save_step(elsewhere, 200)
+    path, messages = here.find(resume)
+    assert path == tmp_path / "here" / "step_000200"
+    assert messages == [f"copied {remote}/step_000200 to {path}"]
+    assert verify(path) is None
+    assert here.find(resume) == (path, [])
+    here.remote = None
+    save_step(here, 300)
+    here.remote = remote
+    newest = tmp_path / "here" / "step_000300"
+    assert here.find(resume) == (newest, [f"copied {newest} to {remote}"])
+    assert here.find(resume) == (newest, [])
+    assert elsewhere.find(resume)[0] == tmp_path / "elsewhere" / "step_000300"
+    with pytest.raises(CheckpointError, match="already holds step_000300"):
+        elsewhere.find("never")
+
+
+def test_a_damaged_copy_is_passed_over(tmp_path: Path, remote: Remote) -> None:
+    store = CheckpointFolder(tmp_path / "here", remote)
+    save_step(store, 100)
+    save_step(store, 200)
+    remote.fs.pipe_file(f"{remote.root}/step_000200/engine/shard.pt", b"x" * 64)
+    shutil.rmtree(tmp_path / "here")
+    path, messages = store.find("auto")
+    assert path == tmp_path / "here" / "step_000100"
+    assert len(messages) == 2
+    assert "step_000200 is passed over: " in messages[0]
+    assert "engine/shard.pt has another content" in messages[0]
+    assert [p.name for p in store.local.iterdir() if p.is_dir()] == ["step_000100"]
+
+
+def test_a_damaged_one_here_is_replaced_by_its_copy(tmp_path: Path, remote: Remote) -> None:
+    store = CheckpointFolder(tmp_path / "here", remote)
+    save_step(store, 100)
+    damage(tmp_path / "here" / "step_000100", "truncated")
+    path, _ = store.find("auto")
+    assert path == tmp_path / "here" / "step_000100"
+    assert verify(path) is None
+    assert (tmp_path / "here" / "replaced_step_000100.1").is_dir()
+
+
+def test_an_unfinished_copy_is_none_and_is_cleaned_up(tmp_path: Path, remote: Remote, monkeypatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    store = CheckpointFolder(tmp_path / "here", remote)
+    save_step(store, 100)
+    write_step(tmp_path / "step_000200", 200)
+    with pytest.raises(TrainingError, match=r"cannot take a copy of .*manifest\.json"):
+        remote.upload(tmp_path / "step_000200", last=MANIFEST)  # it has no manifest: killed before it came
+    assert remote.exists("step_000200/engine/shard.pt")
+    store.clean()
+    assert remote.folders() == ["step_000100"]
+    shutil.rmtree(store.local)
+    assert store.find("auto")[0] == tmp_path / "here" / "step_000100"
+
+
+def test_retention_here_and_there(tmp_path: Path, remote: Remote) -> None:
+    store = CheckpointFolder(tmp_path / "here", remote, CheckpointConfig(keep=2, keep_every=200))
+    for iteration in range(100, 700, 100):
+        save_step(store, iteration)
+    expected = [f"step_{n:06d}" for n in (200, 400, 500, 600)]
+    assert sorted(p.name for p in store.local.glob("*_*")) == expected
+    assert remote.folders() == expected
+    assert remote.read("latest") == b"step_000600"

@@ -9,7 +9,8 @@ import pytest
 from piflow.training.config import load_config
 from piflow.training.errors import ConfigError
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+CONFIGS_ROOT = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted(CONFIGS_ROOT.rglob("*.yaml"))
 
 
 @pytest.fixture
@@ -84,3 +85,94 @@ def test_missing_and_malformed_files(tmp_path: Path) -> None:
 def test_warm_up() -> None:
     optimizer = load_config(CONFIGS[0], ["optimizer.warmup_iterations=4", "optimizer.learning_rate=1.0"]).optimizer
     assert [optimizer.learning_rate_at(i) for i in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+TINY = CONFIGS_ROOT / "tiny"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "message"),
+    [
+        (
+            "flux/dx_4nfe",
+            "student.num_gaussians=4",
+            "student.policy=dx has no student.num_gaussians: of a gm head only",
+        ),
+        ("flux/gm_4nfe", "student.n_grid=4", "student.policy=gm has no student.n_grid: of a dx head only"),
+        ("flux/dx_4nfe", "distillation.policy_dropout=0.1", "policy_dropout drops mixture components"),
+        ("flux/gm_4nfe", "distillation.total_substeps=3", "nfe=4 does not fit total_substeps=3: the shortest of its"),
+        ("flux/gm_8nfe", "distillation.total_substeps=32", "window_substeps=3 does not fit nfe=8: .* has 2 of the 32"),
+        ("flux/gm_4nfe", "distillation.guidance_interval=[0.7, 0.1]", r"must be \(lowest, highest\) noise level"),
+        (
+            "flux/gm_4nfe",
+            "student.gradient_checkpointing=false",
+            "gradient_checkpointing must be true with student.lora",
+        ),
+        ("imagenet/dit_2nfe", "student.lora={rank: 4, targets: [to_q]}", "teacher.kind=dit has no LoRA"),
+        ("flux/gm_4nfe", "student.lora.rank=0", "student.lora.rank: Input should be greater than 0"),
+        ("flux/gm_4nfe", "student.lora.rnk=4", "unknown key `student.lora.rnk`: did you mean `rank`"),
+        ("flux/gm_4nfe", "student.lora.targets=[]", "student.lora.targets: .* at least 1 item"),
+        ("qwen_image/gm_4nfe", "distillation.embedded_guidance=3.5", "embedded_guidance is for FLUX teachers"),
+        ("flux/gm_4nfe", "data.kind=digits", "data.kind=digits has class labels, teacher.kind=flux needs prompts"),
+        ("flux/gm_4nfe", "teacher.path=somewhere", "random weights are wanted, but teacher.path is given too"),
+        ("flux/gm_4nfe", "teacher.kind=digits", "random weights are wanted, but teacher.kind=digits brings its own"),
+        ("flux/gm_4nfe", "batch_size_per_rank=3", "batch_size=4 must be a multiple of batch_size_per_rank=3"),
+    ],
+)
+def test_keys_that_do_not_fit_each_other(recipe: str, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(TINY / f"{recipe}.yaml", [override])
+
+
+def test_a_batch_that_does_not_divide_over_the_processes() -> None:
+    config = load_config(TINY / "flux" / "gm_4nfe.yaml", ["batch_size=12", "batch_size_per_rank=2"])
+    assert [config.accumulation(world_size) for world_size in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    with pytest.raises(ConfigError, match=r"batch_size=12 does not divide over 4 process.*The nearest are 8 and 16\."):
+        config.accumulation(4)
+    assert load_config(TINY / "flux" / "gm_4nfe.yaml", ["batch_size=null"]).accumulation(5) == 1
+
+
+def test_a_file_begins_from_its_base(tmp_path: Path, config_file: Path) -> None:
+    over = tmp_path / "sub" / "over.yaml"
+    over.parent.mkdir()
+    over.write_text("base: ../run.yaml\niterations: 7\ndistillation: {total_substeps: 32}\n")
+    config = load_config(over, ["seed=3"])
+    assert (config.iterations, config.seed, config.output_dir) == (7, 3, Path("out"))
+    assert (config.distillation.nfe, config.distillation.total_substeps) == (2, 32)
+    over.write_text("base: over.yaml\n")
+    with pytest.raises(ConfigError, match=r"over\.yaml has itself as its base"):
+        load_config(over)
+    over.write_text("base: nowhere.yaml\n")
+    with pytest.raises(ConfigError, match=r"no configuration file .*nowhere\.yaml"):
+        load_config(over)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_shipped_config_survives_writing(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_recipes_have_the_papers_settings() -> None:
+    for path in (CONFIGS_ROOT / "imagenet").glob("*.yaml"):
+        config = load_config(path)
+        assert (config.batch_size, config.optimizer.learning_rate) == (4096, 5e-5)
+        assert (config.student.num_gaussians, config.distillation.policy_dropout) == (32, 0.05)
+        assert (config.distillation.guidance_scale, config.distillation.guidance_interval) == (3.2, (0.0, 0.7))
+    for family, iterations, states in (("flux", 3000, 4), ("flux2", 3000, 4), ("qwen_image", 9000, 2)):
+        for path in (CONFIGS_ROOT / family).glob("*.yaml"):
+            config = load_config(path)
+            distillation, lora = config.distillation, config.student.lora
+            assert lora is not None
+            assert (config.batch_size, config.optimizer.learning_rate, lora.rank) == (256, 1e-4, 256)
+            assert (config.iterations, distillation.num_intermediate_states) == (iterations, states)
+            assert (distillation.shift, distillation.final_step_size_scale) == (3.2, 0.5)
+            assert (distillation.window_substeps, distillation.total_substeps) == (3, 128)
+            assert distillation.policy_dropout == (0.1 if config.student.policy == "gm" else 0)
+            assert distillation.teacher_ratio_decay == 2000
+            assert config.student.num_gaussians == 8
+            assert distillation.nfe == int(path.stem.split("_")[1].removesuffix("nfe"))
+            assert distillation.data_free == path.stem.endswith("data_free")
+            guidance = {"flux": (1.0, 3.5), "flux2": (1.0, 4.0), "qwen_image": (4.0, None)}[family]
+            assert (distillation.guidance_scale, distillation.embedded_guidance) == guidance

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +18,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from safetensors.torch import load_file
 
 from piflow.models import GMDiTTransformer2DModelV2
-from piflow.training.errors import TrainingError
+from piflow.models.adapter_files import WEIGHTS
+from piflow.models.export import export_checkpoint
+from piflow.training.checkpoint import MANIFEST, read_manifest, write_manifest
+from piflow.training.errors import CheckpointError, TrainingError
 from piflow.training.launch import launch_module, launch_training, launcher_command, launcher_environment
 from piflow.training.signals import ranks_below
 from tests.processes import no_shared_memory_left, time_limit
@@ -100,18 +106,66 @@ def test_exported_average_equals_a_hand_built_one(report: dict[str, Any]) -> Non
     assert student(torch.zeros(1, 1, 8, 8), 500.0, torch.tensor([3])).means.shape == (1, 4, 1, 8, 8)
 
 
+def test_a_checkpoint_exports_the_average_or_the_raw_weights_to_the_bit(report: dict[str, Any], tmp_path: Path) -> None:
+    run = report["folder"] / "run"
+    averaged, raw = load_file(run / "student" / WEIGHTS), load_file(report["folder"] / "raw.safetensors")
+    with pytest.raises(ValueError, match=r"in pickled files, which can run code.*--allow-pickle"):
+        export_checkpoint(run, tmp_path / "raw", ema=False)
+    for name, expected in {"averaged": averaged, "raw": raw}.items():
+        folder = export_checkpoint(run, tmp_path / name, ema=name == "averaged", allow_pickle=name == "raw")
+        weights = load_file(folder / WEIGHTS)
+        assert weights.keys() >= expected.keys()
+        assert all(torch.equal(weights[key], value) for key, value in expected.items())
+        _, found = GMDiTTransformer2DModelV2.from_pretrained(folder, output_loading_info=True)
+        assert not any(found.values())
+    assert not any(torch.equal(averaged[key], value) for key, value in raw.items() if value.dim() > 1)
+
+
+def test_code_in_a_checkpoint_is_not_run(report: dict[str, Any], tmp_path: Path) -> None:
+    copied = shutil.copytree(report["folder"] / "run" / "checkpoints" / "step_000006", tmp_path / "step_000006")
+    states = next((copied / "engine").glob("*optim_states.pt"))
+    torch.save({**torch.load(states, weights_only=False), "code": Touch(tmp_path / "run_by_pickle")}, states)
+    facts = read_manifest(copied).model_dump(exclude={"files"})
+    (copied / MANIFEST).unlink()
+    write_manifest(copied, facts)
+    with pytest.raises(CheckpointError, match="engine holds other things than weights, which can run code"):
+        export_checkpoint(copied, tmp_path / "out", ema=False, allow_pickle=True)
+    assert not (tmp_path / "run_by_pickle").exists()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+class Touch:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
 def test_a_loss_that_is_not_finite_ends_every_rank(report: dict[str, Any]) -> None:
     first, second = report["nan_messages"]
     assert first == second
-    assert "The loss of rank 1 is nan at iteration 7; nothing was saved of it. Lower optimizer.learning_rate" in first
+    assert first.startswith("2 iterations in a row were skipped. The loss of rank 1 is nan at iteration 10; nothing")
+    assert "Lower optimizer.learning_rate" in first
     assert re.search(r"Then go on with --resume \S+/checkpoints/step_000003, or start again in another", first)
+    assert report["nan_unchanged"]
     assert report["nan_files_untouched"]
+
+
+def test_a_nan_on_one_rank_skips_the_step_on_every_rank(report: dict[str, Any]) -> None:
+    assert report["skipped_messages"] == [""] * 4
+    assert report["skipped_unchanged"] == [True, True]
+    assert report["skipped"] == [1, 1, 7]
+    assert all(map(math.isfinite, report["step_after_a_skip"]))
+    assert report["moved_after_a_skip"]
 
 
 def test_weights_that_are_not_finite_are_neither_saved_nor_exported(report: dict[str, Any]) -> None:
     for first, second in report["broken_average_messages"]:
         assert first == second
-        assert first.startswith("The student's weights are not finite at iteration 6; nothing was saved of it.")
+        assert first.startswith("The student's weights are not finite at iteration 9; nothing was saved of it.")
     assert report["nan_files_untouched"]
 
 

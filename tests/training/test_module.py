@@ -55,5 +55,6 @@ def test_a_student_is_no_teacher(kind: str, tmp_path: Path) -> None:
 def test_training_labels_are_classes(label: int, tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path)
     module = build_module(config_for(tmp_path))
+    batch = {"latents": torch.zeros(2, 1, 8, 8), "class_labels": torch.tensor([0, label])}
     with pytest.raises(ValueError, match=f"class label {label} is out of range: data has 0 to 9"):
-        module(torch.zeros(2, 1, 8, 8), torch.tensor([0, label]), 0, torch.Generator())
+        module(batch, 0, torch.Generator())
