@@ -9,7 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+try:
+    import typer
+except ModuleNotFoundError as missing:
+    sys.exit(
+        f"piflow: the command needs the package {missing.name}, the operators do not: pip install 'piflow[diffusers]'."
+    )
 
 from piflow.commands.cache import cache_latents, cache_prompts
 from piflow.commands.plan import plan
@@ -84,7 +89,12 @@ def told() -> Iterator[None]:
 
 def main() -> None:
     """Entry point of the `piflow` command."""
-    app()
+    try:
+        app()
+    except ModuleNotFoundError as missing:
+        sys.exit(
+            f"piflow: this needs the package {missing.name}: pip install 'piflow[training]' has all that commands use."
+        )
 
 
 if __name__ == "__main__":

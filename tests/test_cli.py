@@ -65,3 +65,22 @@ def test_mistakes_end_in_one_line(tmp_path: Path, arguments: list[str], code: in
     assert said.startswith("piflow: ")
     assert len(said.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "words", "message"),
+    [
+        ("typer", ["--help"], "the command needs the package typer"),
+        (
+            "psutil",
+            ["train", "configs/digits/nfe1.yaml"],
+            "this needs the package psutil: pip install 'piflow[training]'",
+        ),
+    ],
+)
+def test_a_missing_package_is_one_message(hidden: str, words: list[str], message: str) -> None:
+    script = f"import sys; sys.modules[{hidden!r}] = None; from piflow.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
