@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,7 +80,7 @@ def cache_prompts(
     as_json: AsJson = False,
 ) -> None:
     """Encode prompts with the text encoder of a base, into shards that a training reads."""
-    with _told():
+    with _told(), ExitStack() as stack:
         import torch
 
         from piflow.data.prompts import RAGGED, PromptEncoder, plan_prompts, read_prompts, write_negative, write_prompts
@@ -88,7 +88,7 @@ def cache_prompts(
 
         rank, world_size = _place(rank, world_size)
         prompts = read_prompts(source, key, split)
-        _quiet()
+        stack.enter_context(_quiet())
         encoder = PromptEncoder(
             model, pipeline, max_length=max_length, dtype=getattr(torch, dtype), device=_device(device)
         )
@@ -129,7 +129,7 @@ def cache_latents(
     as_json: AsJson = False,
 ) -> None:
     """Encode images with a VAE (mean and standard deviation), into shards that a training reads."""
-    with _told():
+    with _told(), ExitStack() as stack:
         import torch
 
         from piflow.data.latents import LatentEncoder, find_images, plan_latents, write_latents
@@ -137,7 +137,7 @@ def cache_latents(
 
         rank, world_size = _place(rank, world_size)
         images = find_images(source, classes == Classes.imagenet_folder, key)
-        _quiet()
+        stack.enter_context(_quiet())
         encoder = LatentEncoder(vae, dtype=getattr(torch, dtype), device=_device(device))
         settings = {"flip": flip, "dtype": dtype.value, "store_dtype": store_dtype.value}
         plan = plan_latents(
@@ -192,14 +192,20 @@ def _device(device: str | None) -> str:
     return device
 
 
-def _quiet() -> None:
-    """Libraries warn of every prompt that is cut to the tokenizer's length."""
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Libraries warn of every prompt that is cut to the tokenizer's length; afterwards they speak as before."""
     import diffusers
     import transformers
 
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    with ExitStack() as stack:
+        for log in (diffusers.utils.logging, transformers.utils.logging):
+            stack.callback(log.set_verbosity, log.get_verbosity())
+            log.set_verbosity_error()
+            if log.is_progress_bar_enabled():
+                stack.callback(log.enable_progress_bar)
+                log.disable_progress_bar()
+        yield
 
 
 def _summary(writer: ShardWriter, pending: list[int]) -> dict[str, Any]:

@@ -45,8 +45,10 @@ def source(tmp_path: Path) -> Path:
 
 def cache(source: Path, base: Path, out: Path, *options: str, code: int = 0) -> str:
     arguments = ["cache-prompts", str(source), "--model", str(base), "--out", str(out), "--batch-size", "2"]
+    spoken = diffusers.utils.logging.get_verbosity(), diffusers.utils.logging.is_progress_bar_enabled()
     result = CliRunner().invoke(app, [*arguments, "--device", "cpu", *options])
     assert result.exit_code == code, result.output
+    assert (diffusers.utils.logging.get_verbosity(), diffusers.utils.logging.is_progress_bar_enabled()) == spoken
     return result.output
 
 
