@@ -88,7 +88,10 @@ class PiDiTPipeline(PolicyLoopMixin, DiTPipeline):
 
         self._interrupt = False
         with loop:
-            self.scheduler.set_timesteps(nfe, device=latents.device)
+            if student:
+                self.scheduler.set_timesteps(nfe, device=latents.device)
+            else:  # as diffusers' text-to-image pipelines: left alone, the scheduler spends a step between 0.001 and 0
+                self.scheduler.set_timesteps(sigmas=[1 - i / nfe for i in range(nfe)], device=latents.device)
             self.scheduler.set_begin_index(0)  # or it would look for the first timestep, and wait for a GPU
             for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
                 if self.interrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from piflow.digits.teacher import load_teacher, network_velocity
 from piflow.models import GMDiTTransformer2DModelV2
+from piflow.noise_schedule import NoiseSchedule
 from piflow.pipelines import PiDiTPipeline
 from piflow.schedulers import FlowMapSDEScheduler
 from tests.pipelines.tiny import FAMILIES, seeded, vae
@@ -58,16 +60,15 @@ def test_guidance_combines_mean_velocities(digits: PiDiTPipeline) -> None:
 
 @pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(shift=2.0), FlowMapSDEScheduler(shift=2.0)])
 def test_a_flow_matching_teacher_takes_euler_steps(scheduler: Any) -> None:
-    """With diffusers' guidance scale of 4 where none is given."""
+    """Uniform in raw time down to 0; with diffusers' guidance scale of 4 where none is given."""
     teacher = load_teacher()
     pipe = PiDiTPipeline(teacher, None, scheduler)
     pipe.set_progress_bar_config(disable=True)
     images = pipe([3, 7], latents=noise(), num_inference_steps=5, output_type="latent").images
-    levels = FlowMatchEulerDiscreteScheduler(shift=2.0)
-    levels.set_timesteps(5)
+    sigmas = NoiseSchedule(shift=2.0).sigma(torch.linspace(1, 0, 6))
     x, velocities = noise(), [network_velocity(teacher, torch.tensor(y)) for y in ([3, 7], [10, 10])]
     with torch.no_grad():
-        for sigma, following in zip(levels.sigmas[:-1], levels.sigmas[1:]):
+        for sigma, following in pairwise(sigmas):
             u, u_null = (velocity(x, sigma.expand(2)) for velocity in velocities)
             x = x + (following - sigma) * (u_null + 4 * (u - u_null))
     torch.testing.assert_close(images, x, atol=1e-4, rtol=0)
