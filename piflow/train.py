@@ -27,15 +27,18 @@ PATIENCE = 30
 """Seconds that other ranks give rank 0 to say what went wrong."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """One rank of the command; returns the exit code."""
+def main(argv: Sequence[str] | None = None, processes: int | None = None) -> int:
+    """One rank of the command; returns the exit code.
+
+    processes: how many a dry run speaks of, where no launcher says it; None is one.
+    """
     arguments = _parse(argv)
     rank, problem, joined = int(os.environ.get("RANK", "0")), "", False
     try:
         with raise_on_stop():
             config = load_config(arguments.config, arguments.overrides)
             if arguments.dry_run:
-                return _dry_run(config) if rank == 0 else 0
+                return _dry_run(config, int(os.environ.get("WORLD_SIZE", processes or 1))) if rank == 0 else 0
             exit_code = _run(config, arguments)
     except TrainingError as error:
         problem, joined, exit_code = str(error), "piflow.training.loop" in sys.modules, error.exit_code
@@ -95,14 +98,14 @@ def _resume_command(arguments: argparse.Namespace, world_size: int) -> str:
     return shlex.join([*settings, *words, *arguments.overrides, "--resume", "latest"])
 
 
-def _dry_run(config: TrainConfig) -> int:
+def _dry_run(config: TrainConfig, world_size: int) -> int:
+    """Also where there is no GPU, for a run elsewhere."""
     from piflow.training.engine import check_optimizer
     from piflow.training.networks import count_parameters
     from piflow.training.plan import memory_plan
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     batches = config.accumulation(world_size)
-    check_optimizer(config)
+    check_optimizer(config, needs_gpu=False)
     counts = count_parameters(config)
     print(config.to_yaml(), end="")
     for name, count in counts.items():
@@ -129,7 +132,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="auto: the newest checkpoint in output_dir if there is one (default); latest: there must be one; "
         "never: there must be none; PATH: this checkpoint",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and parameter counts")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration, parameter counts and memory plan"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
     return parser.parse_intermixed_args(argv)
 

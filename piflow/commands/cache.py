@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from piflow.commands.common import progress, quiet_libraries, told, usable_device
+
 if TYPE_CHECKING:
     from piflow.data.shards import ShardWriter
 
@@ -56,7 +58,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")
 
 def cache_prompts(
     source: Annotated[
-        str, typer.Argument(help="Text file (one prompt a line), JSONL, Parquet or Hugging Face dataset.")
+        str, typer.Argument(help="Text file (one prompt a line), JSONL, CSV, Parquet or Hugging Face dataset.")
     ],
     out: Out,
     model: Annotated[str, typer.Option(help="Folder or repository of the diffusers base.")],
@@ -88,7 +90,7 @@ def cache_prompts(
 
         rank, world_size = _place(rank, world_size)
         prompts = read_prompts(source, key, split)
-        stack.enter_context(_quiet())
+        stack.enter_context(quiet_libraries())
         encoder = PromptEncoder(
             model, pipeline, max_length=max_length, dtype=getattr(torch, dtype), device=_device(device)
         )
@@ -137,14 +139,15 @@ def cache_latents(
 
         rank, world_size = _place(rank, world_size)
         images = find_images(source, classes == Classes.imagenet_folder, key)
-        stack.enter_context(_quiet())
+        stack.enter_context(quiet_libraries())
         encoder = LatentEncoder(vae, dtype=getattr(torch, dtype), device=_device(device))
         settings = {"flip": flip, "dtype": dtype.value, "store_dtype": store_dtype.value}
         plan = plan_latents(
             images, encoder, vae, _shard_size(len(images.paths), shard_size, num_shards), size, **settings
         )
         writer = ShardWriter(out, plan, rank, world_size)
-        pending = writer.pending(verify.value)
+        # Without leave to skip, what an earlier run has left out is wanted now.
+        pending = writer.pending(verify.value, 0 if on_corrupt == OnCorrupt.skip else 1 + flip)
         summary = _summary(writer, pending)
         steps = write_latents(
             writer,
@@ -181,31 +184,9 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
 
 
 def _device(device: str | None) -> str:
-    import torch
-
-    if device is None:
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Libraries warn of every prompt that is cut to the tokenizer's length; afterwards they speak as before."""
-    import diffusers
-    import transformers
-
-    with ExitStack() as stack:
-        for log in (diffusers.utils.logging, transformers.utils.logging):
-            stack.callback(log.set_verbosity, log.get_verbosity())
-            log.set_verbosity_error()
-            if log.is_progress_bar_enabled():
-                stack.callback(log.enable_progress_bar)
-                log.disable_progress_bar()
-        yield
+    """By default the launcher's GPU for this process."""
+    place = usable_device(device)
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device is None and place == "cuda" else place
 
 
 def _summary(writer: ShardWriter, pending: list[int]) -> dict[str, Any]:
@@ -221,25 +202,11 @@ def _summary(writer: ShardWriter, pending: list[int]) -> dict[str, Any]:
 
 def _progress(what: str, steps: Iterable[Any], summary: dict[str, Any], rank: int) -> Iterator[Any]:
     """Go through steps of `n` or (n, extra) items, with a bar on rank 0's terminal; yields what is extra."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    )  # fmt: skip
-    with Progress(*columns, console=console, disable=rank != 0 or not console.is_terminal) as progress:
-        task = progress.add_task(what, total=summary["items"])
+    with progress(shown=rank == 0) as bars:
+        task = bars.add_task(what, total=summary["items"])
         for step in steps:
             done, extra = step if isinstance(step, tuple) else (step, None)
-            progress.advance(task, done)
+            bars.advance(task, done)
             yield extra
 
 
@@ -258,7 +225,6 @@ def _tell(writer: ShardWriter, summary: dict[str, Any], as_json: bool) -> None:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    from piflow.cli import told
     from piflow.training.errors import ConfigError
     from piflow.training.signals import raise_on_stop
 

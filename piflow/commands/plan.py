@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from piflow.commands.common import told
+
 if TYPE_CHECKING:
     from piflow.training.plan import Plan
 
@@ -15,12 +17,12 @@ if TYPE_CHECKING:
 def plan(
     config: Annotated[Path, typer.Argument(help="Configuration of the training.")],
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")],
-    gpu_memory: Annotated[float, typer.Option(min=0, help="Memory of each, in GB (1e9 bytes).")],
+    gpu_memory: Annotated[float, typer.Option(min=0.001, max=10_000, help="Memory of each, in GB (1e9 bytes).")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            help="a.b=c: other values than the file's. `teacher.path=null teacher.random={}` plans for a base whose "
-            "files are not there, of the size that its class has by default."
+            help="a.b=c: other values than the file's. A teacher whose files are not there has the size that its "
+            "class has by default; `teacher.path=null teacher.random={num_layers: 30}` gives it another."
         ),
     ] = None,
     size: Annotated[
@@ -35,8 +37,6 @@ def plan(
 
     Then it ends with exit code 1.
     """
-    from piflow.cli import told
-
     with told():
         from piflow.training.config import load_config
         from piflow.training.plan import memory_plan
@@ -74,9 +74,11 @@ def show(plan: Plan) -> None:
     table.add_row("needed", "with what the GPU keeps for itself, and holes", f"{plan.needed / 1e9:.2f}")
     console.print(table)
     console.print(f"{counts.base:,} parameters frozen, {counts.trainable:,} trained")
+    if plan.note:
+        console.print(plan.note)
     console.print(
-        f"An iteration: {plan.flops / 1e12:.4g} TFLOP ({plan.compute_seconds:.3g} s) and "
-        f"{plan.traffic / 1e9:.4g} GB received ({plan.traffic_seconds:.3g} s) by each GPU."
+        f"An iteration: {amount(plan.flops / 1e12)} TFLOP ({duration(plan.compute_seconds)}) and "
+        f"{amount(plan.traffic / 1e9)} GB received ({duration(plan.traffic_seconds)}) by each GPU."
     )
     if plan.traffic_seconds > plan.compute_seconds:
         console.print(
@@ -87,5 +89,20 @@ def show(plan: Plan) -> None:
         console.print("It fits.")
         return
     console.print(f"It does not fit: {(plan.needed - plan.gpu_memory) / 1e9:.2f} GB are missing. What helps:")
-    for change in plan.changes or ("nothing that this plan knows; take larger GPUs",):
+    for change in plan.changes:
         console.print(f"  - {change}")
+    if not any(change.endswith(", fits") for change in plan.changes):
+        console.print("  - nothing that this plan knows is enough: take larger GPUs")
+
+
+def amount(number: float) -> str:
+    """Four digits, or whole thousands."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """In the unit that one would say it in."""
+    for unit, size in (("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{1000 * seconds:.3g} ms"

@@ -17,24 +17,25 @@ def train(
         str, typer.Option(metavar="auto|latest|never|PATH", help="The checkpoint to go on from.")
     ] = "auto",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved configuration, parameter counts and memory.")
+        bool, typer.Option("--dry-run", help="Print the resolved configuration, parameter counts and memory plan.")
     ] = False,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Processes on this machine. By default one for each GPU.")
     ] = None,
 ) -> None:
     """Distil a student. On several machines use the `deepspeed` launcher itself, with --module piflow.train."""
+    import torch
+
     from piflow.train import main
 
+    processes = processes or max(torch.cuda.device_count(), 1)
     arguments = [str(config), *(overrides or ()), "--resume", resume]
     if dry_run:
-        raise typer.Exit(main([*arguments, "--dry-run"]))
+        raise typer.Exit(main([*arguments, "--dry-run"], processes))
     if "RANK" in os.environ:  # a launcher started this process as one of its ranks
         from piflow.training.engine import leave_process
 
         leave_process(main(arguments))
-
-    import torch
 
     from piflow.training.errors import TrainingError
     from piflow.training.launch import launch_training
@@ -43,7 +44,7 @@ def train(
         launch_training(
             config,
             overrides or (),
-            processes or max(torch.cuda.device_count(), 1),
+            processes,
             resume=resume,
             on_line=lambda line: print(line, flush=True),
         )

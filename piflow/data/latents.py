@@ -86,17 +86,27 @@ def _listed(source: Path, key: str) -> Images:
 def load_image(path: Path, size: int) -> Tensor:
     """(3, size, size) float32 in [-1, 1]: turned as its camera says, cropped to the middle square and resized.
 
-    Raises OSError or ValueError that names the file where it is no whole image.
+    Raises ValueError that names the file where it is no whole image.
     """
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image.convert("RGB"))
+            upright = ImageOps.exif_transpose(_eight_bits(image).convert("RGB"))
             fitted = ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is no image that can be read") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Of 16 bits of grey the upper 8: Pillow's own conversion makes all above 255 white."""
+    if not image.mode.startswith("I"):
+        return image
+    levels = np.asarray(image).clip(0, 65535) // 256
+    eight = Image.fromarray(levels.astype(np.uint8))
+    eight.info = image.info  # which way it was held
+    return eight
 
 
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -114,6 +124,7 @@ class LatentEncoder:
     def __init__(self, vae: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         self.vae = load_vae(vae, dtype).to(device)
         self.name, self.dtype, self.device = type(self.vae).__name__, dtype, torch.device(device)
+        self.downscale = _downscale(self.vae)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,6 +135,14 @@ class LatentEncoder:
         mean, std = (t.float()[:, :, 0] if video else t.float() for t in (posterior.mean, posterior.std))
         mean, std = SPACES[self.name](self.vae, mean, std)
         return mean.cpu(), std.cpu()
+
+
+def _downscale(vae: Any) -> int:
+    """Pixels a side for each latent."""
+    if type(vae).__name__ == "AutoencoderKLQwenImage":
+        return 2 ** len(vae.config.temperal_downsample)
+    patch = 2 if type(vae).__name__ == "AutoencoderKLFlux2" else 1
+    return int(patch * 2 ** (len(vae.config.block_out_channels) - 1))
 
 
 def _scalar_space(vae: Any, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,7 +198,16 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 
 def plan_latents(images: Images, encoder: LatentEncoder, vae: str, shard_size: int, size: int, **more: Any) -> Plan:
-    """What the shards will hold; `more`: further settings that change the latents."""
+    """What the shards will hold; `more`: further settings that change the latents.
+
+    Raises ValueError for a size that is no whole number of latents.
+    """
+    if size % encoder.downscale:
+        below = size - size % encoder.downscale
+        raise ValueError(
+            f"--size {size} is no whole number of latents: this {encoder.name} has one for {encoder.downscale} pixels. "
+            f"The nearest are {max(below, encoder.downscale)} and {below + encoder.downscale}."
+        )
     settings = {
         "vae": vae,
         "vae_class": encoder.name,

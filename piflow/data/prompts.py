@@ -22,6 +22,8 @@ from piflow.data.shards import Plan, Sample, ShardError, ShardWriter, write_whol
 
 NEGATIVE = "negative.safetensors"
 RAGGED = ("prompt_embeds",)
+TABLES = {".parquet": "parquet", ".csv": "csv"}
+"""Files that the `datasets` package reads."""
 FAMILIES = {"qwen_image": "QwenImagePipeline", "flux": "FluxPipeline", "flux2": "Flux2Pipeline"}
 
 
@@ -39,17 +41,17 @@ class Prompts:
 
 
 def read_prompts(source: str, key: str = "prompt", split: str = "train") -> Prompts:
-    """The prompts of a text file (one a line), a JSONL or Parquet file or a Hugging Face dataset (`key` of each row).
+    """The prompts of a text file (one a line), a JSONL, CSV or Parquet file or a Hugging Face dataset (`key` of each).
 
     Empty ones are left out. Raises FileNotFoundError, ModuleNotFoundError where a needed package is missing, or
     ValueError that names the line or row at fault.
     """
     path = Path(source)
     suffix = path.suffix.lower()
-    if path.is_file() and suffix != ".parquet":
+    if path.is_file() and suffix not in TABLES:
         lines = _lines(path)
         texts = list(_of_json(path, lines, key)) if suffix in (".jsonl", ".json", ".ndjson") else lines
-    elif suffix in (".txt", ".jsonl", ".json", ".ndjson", ".parquet") and not path.exists():
+    elif suffix in (".txt", ".jsonl", ".json", ".ndjson", *TABLES) and not path.exists():
         raise FileNotFoundError(f"There is no file {source} (looked from {Path.cwd()}).")
     else:
         texts = _of_dataset(source, key, split)
@@ -84,12 +86,18 @@ def _of_dataset(source: str, key: str, split: str) -> list[str]:
         datasets = import_module("datasets")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{source} is read with the `datasets` package, which is not installed: pip install datasets. "
+            f"{source} is read with the `datasets` package, which is not installed: pip install 'piflow[data]'. "
             "A text file (one prompt a line) or a JSONL file needs none.",
             name=error.name,
         ) from error
-    if Path(source).suffix.lower() == ".parquet":
-        rows = datasets.load_dataset("parquet", data_files=source, split="train")
+    if table := TABLES.get(Path(source).suffix.lower()):
+        rows = datasets.load_dataset(table, data_files=source, split="train")
+    elif (Path(source) / "state.json").is_file() or (Path(source) / "dataset_dict.json").is_file():
+        rows = datasets.load_from_disk(source)  # as `save_to_disk` wrote it, with or without splits
+        if isinstance(rows, dict):
+            if split not in rows:
+                raise ValueError(f"{source} has no split {split!r} but {sorted(rows)}: name one with --split.")
+            rows = rows[split]
     else:
         rows = datasets.load_dataset(source, split=split)
     if key not in rows.column_names:
@@ -102,9 +110,14 @@ def _text(row: Any, key: str, where: str) -> str:
         raise ValueError(f"{where}: expected an object with the key {key!r}, got {type(row).__name__}.")
     if key not in row:
         raise ValueError(f"{where}: there is no key {key!r} but {sorted(row)}: name one with --key.")
-    if not isinstance(row[key], str | None):
-        raise ValueError(f"{where}: {key!r} must be text, got {row[key]!r}.")
-    return row[key] or ""
+    text = row[key]
+    if not isinstance(text, str | None):
+        raise ValueError(f"{where}: {key!r} must be text, got {text!r}.")
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:  # \ud800 and the like, which JSON lets pass and tokenizers do not
+        raise ValueError(f"{where}: {key!r} is no Unicode text, it has half a character at {error.start}.") from error
+    return text or ""
 
 
 class PromptEncoder:

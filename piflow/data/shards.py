@@ -103,22 +103,23 @@ class ShardWriter:
         else:
             self._write_json(PLAN, plan)
 
-    def pending(self, verify: Verify = "size") -> list[int]:
-        """Numbers of this rank's shards that are missing or damaged."""
-        return [n for n in range(self.rank, self.num_shards, self.world_size) if not self.is_finished(n, verify)]
+    def pending(self, verify: Verify = "size", samples_an_item: int = 0) -> list[int]:
+        """Numbers of this rank's shards that are missing or damaged, or hold fewer samples than so many an item."""
+        mine = range(self.rank, self.num_shards, self.world_size)
+        return [n for n in mine if not self.is_finished(n, verify, samples_an_item * len(self.items(n)))]
 
     def items(self, number: int) -> range:
         """The stretch of the source that goes into shard `number`."""
         start = number * self.plan.shard_size
         return range(start, min(start + self.plan.shard_size, self.plan.items))
 
-    def is_finished(self, number: int, verify: Verify = "size") -> bool:
-        """Whether shard `number` is there, as it was written."""
+    def is_finished(self, number: int, verify: Verify = "size", at_least: int = 0) -> bool:
+        """Whether shard `number` is there, as it was written, with `at_least` so many samples."""
         try:
             shard = _read(Shard, self.folder / f"{_name(number)}.json", "")
         except ShardError:
             return False
-        return _problem(self.folder, shard, verify) is None
+        return shard.count >= at_least and _problem(self.folder, shard, verify) is None
 
     def write(self, number: int, samples: Sequence[tuple[int, Sample]]) -> Shard:
         """Write shard `number` with its samples (place in the source, fields); it is there whole or not at all."""
@@ -259,7 +260,10 @@ def read_index(folder: str | Path, kind: Kind | None = None) -> Index:
 def check_shards(
     folder: str | Path, index: Index, verify: Verify = "size", rank: int = 0, world_size: int = 1
 ) -> dict[str, str]:
-    """{name: what is wrong} of damaged shards. "size" compares sizes; "hash" reads every byte, each rank its part."""
+    """{name: what is wrong} of damaged shards.
+
+    "size" compares sizes and headers; "hash" reads every byte, each rank its part.
+    """
     mine = slice(rank, None, world_size) if verify == "hash" else slice(None)
     found = {shard.name: _problem(Path(folder), shard, verify) for shard in index.shards[mine]}
     return {name: problem for name, problem in found.items() if problem}
@@ -307,7 +311,13 @@ def _problem(folder: Path, shard: Shard, verify: Verify) -> str | None:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
                 return "has another content than was written"
-    return None
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            whole = file.get_slice(SOURCE).get_shape() == [shard.count]
+    except (SafetensorError, OSError, RuntimeError):
+        whole = False
+    return None if whole else "begins otherwise than was written"
 
 
 def _check_same_plan(folder: Path, begun: Plan, now: Plan) -> None:

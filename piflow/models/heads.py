@@ -68,7 +68,9 @@ def start_logstd_head(layers: nn.Sequential, logstd: float, generator: Generator
     """Initialise a `logstd_head` so that it predicts `logstd` everywhere. Under `torch.no_grad`."""
     linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
     for layer in linear:
-        nn.init.xavier_uniform_(layer.weight, generator=generator)
+        # Drawn where the generator is: one of the CPU does not draw into a layer on a GPU.
+        drawn = torch.empty_like(layer.weight, device=None if generator is None else generator.device)
+        layer.weight.copy_(nn.init.xavier_uniform_(drawn, generator=generator))
         nn.init.zeros_(layer.bias)
     nn.init.zeros_(linear[-1].weight)
     nn.init.constant_(linear[-1].bias, logstd)

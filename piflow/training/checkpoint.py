@@ -14,37 +14,34 @@ Only `CheckpointFolder.prune` deletes finished checkpoints, and only those that 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
-import random
-import re
 import shutil
+import sys
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
-from piflow.training.config import CheckpointConfig, TrainConfig
+from piflow.training.checkpoint_folder import POINTER, STEP, CheckpointFolder, find_checkpoint, step_of, superseded
+from piflow.training.config import TrainConfig
 from piflow.training.data import derive_seed
 from piflow.training.ema import ShardedEMA
 from piflow.training.errors import CheckpointError, TrainingError
+from piflow.training.manifest import MANIFEST, Manifest, read_manifest, verify, write_manifest
+from piflow.training.random_states import random_states, restore_random_states, seed_everything
 from piflow.training.resharding import load_universal, read_average, universal_checkpoint
-from piflow.training.storage import UNFINISHED, Remote, StorageError
+from piflow.training.storage import StorageError
 
-MANIFEST = "manifest.json"
-POINTER = "latest"
-STEP = re.compile(r"step_\d+", re.ASCII)
-LEFTOVERS = ("unfinished_", "removed_", "downloading_", "universal_")
-"""Beginnings of the names of what a killed process leaves behind."""
+__all__ = [
+    "MANIFEST", "STEP", "CheckpointFolder", "Manifest", "Progress", "check_fits", "check_shared", "check_space",
+    "find_checkpoint", "load_checkpoint", "random_states", "read_manifest", "restore_random_states", "save_checkpoint",
+    "seed_everything", "step_of", "superseded", "verify", "write_manifest",
+]  # fmt: skip
+
 MUST_AGREE = ("student.policy", "student.num_gaussians", "student.n_grid", "student.lora.rank", "precision")
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What a full disk becomes: torch and safetensors have their own ways to say it."""
@@ -54,151 +51,14 @@ BYTES_PER_WEIGHT = 16
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: iterations done, samples of the global data stream consumed, mean loss of the last one."""
+    """Where a run stands: iterations done, samples of the global data stream consumed, mean loss of the last one, and
+    how many iterations without a step have come one after another up to here.
+    """
 
     iteration: int = 0
     position: int = 0
     loss: float | None = None
-
-
-class FileFacts(BaseModel):
-    """Size in bytes and content of one file."""
-
-    size: NonNegativeInt
-    sha256: str
-
-
-class Manifest(BaseModel):
-    """What a checkpoint says of itself; `config` is the resolved configuration of the run that wrote it.
-
-    `loss` is in hexadecimal: two runs are the same if it is the same text.
-    """
-
-    iteration: NonNegativeInt
-    position: NonNegativeInt
-    loss: str | None = None
-    world_size: PositiveInt
-    config: dict[str, Any]
-    files: dict[str, FileFacts] = Field(min_length=1)
-
-
-class CheckpointFolder:
-    """The checkpoints of one run: a local folder, perhaps with a copy at a URL. Only rank 0 calls its methods."""
-
-    def __init__(self, local: Path, remote: Remote | None = None, config: CheckpointConfig | None = None) -> None:
-        self.local, self.remote, self.config = local, remote, config or CheckpointConfig()
-
-    def __str__(self) -> str:
-        return f"{self.local} and {self.remote}" if self.remote else str(self.local)
-
-    def clean(self) -> None:
-        """Remove what killed processes have left half-written, here and at the URL."""
-        for rest in (p for p in self.local.glob("*") if p.name.startswith(LEFTOVERS)):
-            shutil.rmtree(rest, ignore_errors=True)
-        (self.local / f"{POINTER}.partial").unlink(missing_ok=True)
-        if self.remote:
-            for name in filter(STEP.fullmatch, self.remote.folders()):
-                if self.remote.exists(f"{name}/{UNFINISHED}"):
-                    self.remote.remove(name, MANIFEST)
-
-    def find(self, resume: str) -> tuple[Path | None, list[str]]:
-        """As `find_checkpoint`, of this folder and the URL.
-
-        What is newer there is copied here first; what is found here and not there (the run was killed in between, or
-        the storage failed) is copied there.
-        """
-        messages: list[str] = []
-        if self.remote and resume in ("auto", "latest", "never"):
-            messages = self._fetch_newest(resume)
-        path, warnings = find_checkpoint(self.local, resume)
-        messages += warnings
-        if self.remote and path and path.parent == self.local and not self.remote.exists(f"{path.name}/{MANIFEST}"):
-            self.upload(path)
-            messages.append(f"copied {path} to {self.remote}")
-        return path, messages
-
-    def _fetch_newest(self, resume: str) -> list[str]:
-        """Copy the newest good checkpoint of the URL here, unless one at least as new is here; returns messages."""
-        assert self.remote is not None
-        there = sorted(filter(STEP.fullmatch, self.remote.folders()), key=step_of, reverse=True)
-        pointer = (self.remote.read(POINTER) or b"").decode(errors="replace").strip()
-        if pointer in there:
-            there = [pointer, *(name for name in there if name != pointer)]
-        if resume == "never" and there:
-            raise CheckpointError(
-                f"{self.remote} already holds {there[0]}. Leave out `--resume never` to go on from there, "
-                "or choose another folder for the checkpoints."
-            )
-        messages = []
-        for name in there:
-            if self._newest_here() >= step_of(name):
-                break
-            coming = self.local / f"downloading_{name}"
-            self.remote.download(name, coming)
-            if problem := verify(coming):
-                shutil.rmtree(coming, ignore_errors=True)
-                messages.append(f"{self.remote}/{name} is passed over: {problem}")
-                continue
-            if (final := self.local / name).exists():  # damaged, or `_newest_here` would have found it
-                final.rename(_free_name(self.local / f"replaced_{name}"))
-            coming.rename(final)
-            _write_durably(self.local / POINTER, name)
-            messages.append(f"copied {self.remote}/{name} to {final}")
-            break
-        return messages
-
-    def _newest_here(self) -> int:
-        with contextlib.suppress(CheckpointError):
-            path, _ = find_checkpoint(self.local, "auto")
-            return -1 if path is None else step_of(path.name)
-        return -1
-
-    def publish(self, unfinished: Path, facts: dict[str, Any]) -> Path:
-        """Make a checkpoint of a folder `unfinished_step_...` that holds all its files, and point to it."""
-        final = self.local / unfinished.name.removeprefix("unfinished_")
-        write_manifest(unfinished, facts)
-        if final.exists():
-            final.rename(_free_name(self.local / f"replaced_{final.name}"))
-        unfinished.rename(final)
-        _write_durably(self.local / POINTER, final.name)
-        return final
-
-    def upload(self, path: Path) -> None:
-        """Copy a checkpoint to the URL, if there is one, and point to it. Raises StorageError."""
-        if self.remote:
-            self.remote.upload(path, last=MANIFEST)
-            self.remote.write(POINTER, path.name.encode())
-
-    def prune(self, newest: Path, protected: Iterable[Path]) -> None:
-        """Remove what `checkpoint.keep` lets go now that `newest` is whole, here and at the URL; no `protected` one."""
-        if self.config.keep is None:
-            return
-        spared = {path.name for path in protected if path.parent == self.local}
-        for path in self.local.glob("replaced_step_*"):
-            shutil.rmtree(path, ignore_errors=True)
-        for name in superseded((p.name for p in self.local.glob("step_*")), newest.name, self.config, spared):
-            gone = _free_name(self.local / f"removed_{name}")
-            (self.local / name).rename(gone)  # at once: a folder that is half removed would look like a damaged one
-            shutil.rmtree(gone, ignore_errors=True)
-        if self.remote:
-            for name in superseded(self.remote.folders(), newest.name, self.config, spared):
-                self.remote.remove(name, first=MANIFEST)
-
-
-def step_of(name: str) -> int:
-    """step_000200 -> 200."""
-    return int(name.removeprefix("step_"))
-
-
-def superseded(names: Iterable[str], newest: str, config: CheckpointConfig, protected: Iterable[str]) -> list[str]:
-    """Of the checkpoints up to `newest`, those beyond the newest `keep` that are neither milestones nor protected.
-
-    Later ones are of an earlier attempt, to which the person went back: they stay.
-    """
-    older = sorted((n for n in names if STEP.fullmatch(n) and step_of(n) <= step_of(newest)), key=step_of)
-    kept = {*older[-(config.keep or len(older)) :], newest, *protected}
-    milestones = {n for n in older if config.keep_every and step_of(n) % config.keep_every == 0}
-    return [n for n in older if n not in kept | milestones]
+    skipped_in_a_row: int = 0
 
 
 def save_checkpoint(
@@ -208,13 +68,16 @@ def save_checkpoint(
     ema: ShardedEMA,
     config: TrainConfig,
     protected: Iterable[Path | None] = (),
+    last: bool = True,
 ) -> Path:
     """Write checkpoint `step_<iteration>`, copy it to the URL, then prune; collective. Returns its path, on every rank.
 
     Raises CheckpointError on every rank where a disk is full or the like; earlier checkpoints are as they were.
-    StorageError likewise for the copy.
+    StorageError likewise for the copy, if this is the `last` checkpoint of the process; where more will come, rank 0
+    says what is wrong with the URL, and the run goes on.
     """
     rank, final = dist.get_rank(), store.local / f"step_{progress.iteration:06d}"
+    good = [path for path in protected if path]
     unfinished = store.local / f"unfinished_{final.name}"
 
     def write_shard() -> None:
@@ -227,6 +90,15 @@ def save_checkpoint(
         facts = {"world_size": dist.get_world_size(), "config": config.model_dump(mode="json")}
         store.publish(unfinished, {**asdict(progress), "loss": loss, **facts})
 
+    def copy() -> None:
+        try:
+            store.upload(final)
+            store.prune_remote(final, good)
+        except StorageError as error:
+            if last:
+                raise
+            print(f"piflow.train: {error} {final} is whole; the next checkpoint tries again.", file=sys.stderr)
+
     try:
         _together(lambda: _fresh(unfinished) if rank == 0 else None)
         with _noting_errors(engine) as errors:
@@ -235,10 +107,10 @@ def save_checkpoint(
         _together(lambda: publish() if rank == 0 else None)
     except CheckpointError as error:
         if rank == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            store.give_up(unfinished)
         raise CheckpointError(f"The checkpoint {final} could not be written: {error} {_remedy(store, ema)}") from None
-    _together(lambda: store.upload(final) if rank == 0 else None)
-    _together(lambda: store.prune(final, [path for path in protected if path]) if rank == 0 else None)
+    _together(lambda: copy() if rank == 0 else None)
+    _together(lambda: store.prune(final, good) if rank == 0 else None)
     return final
 
 
@@ -266,7 +138,31 @@ def load_checkpoint(path: Path, engine: Any, ema: ShardedEMA, seed: int, scratch
     sizes = {name: shard.numel() for name, shard in ema.shadow.items()}
     ema.load(read_average(path, manifest.world_size, sizes))
     loss = None if manifest.loss is None else float.fromhex(manifest.loss)
-    return Progress(manifest.iteration, manifest.position, loss)
+    return Progress(manifest.iteration, manifest.position, loss, manifest.skipped_in_a_row)
+
+
+def check_shared(folder: Path) -> None:
+    """CheckpointError on every rank where one does not see what rank 0 writes into `folder`; collective.
+
+    Machines that have a disk each would find out at their first checkpoint.
+    """
+    box = [f".seen_{uuid.uuid4().hex}"]
+    dist.broadcast_object_list(box, src=0)
+    probe = folder / box[0]
+
+    def look() -> None:
+        if not probe.exists():
+            raise FileNotFoundError(
+                f"does not see what rank 0 writes into {folder}. Checkpoints need a folder that all machines share: "
+                "set output_dir or directories.checkpoints to one"
+            )
+
+    _together(lambda: probe.touch() if dist.get_rank() == 0 else None)
+    try:
+        _together(look)
+    finally:
+        if dist.get_rank() == 0:
+            probe.unlink(missing_ok=True)
 
 
 def check_space(folder: Path, ema: ShardedEMA) -> str | None:
@@ -314,118 +210,6 @@ def check_fits(path: Path, config: TrainConfig, world_size: int) -> list[str]:
     if different:
         warnings.append(f"the configuration differs from that of {path}: {'; '.join(different.values())}")
     return warnings
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of the checkpoint `path`. Raises FileNotFoundError, or ValueError where it is none."""
-    return Manifest.model_validate_json((path / MANIFEST).read_bytes())
-
-
-def find_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint that `resume` asks for, and warnings about those that were passed over.
-
-    "auto": the newest good one, or None where none was ever written. "latest": likewise, but there must be one.
-    "never": None, and there must be none. Else a path. Raises CheckpointError; deletes nothing.
-    """
-    candidates = [p for p in folder.glob("step_*") if STEP.fullmatch(p.name) and p.is_dir()]
-    candidates.sort(key=lambda p: step_of(p.name), reverse=True)
-    if resume == "never":
-        if candidates:
-            raise CheckpointError(
-                f"{folder} already holds {candidates[0].name}. Leave out `--resume never` to go on from there, "
-                "or choose another output_dir."
-            )
-        return None, []
-    if resume not in ("auto", "latest"):
-        path = Path(resume)
-        if problem := verify(path):
-            raise CheckpointError(f"{problem} Give another checkpoint, or `--resume latest` for the newest good one.")
-        return path, []
-
-    warnings: list[str] = []
-    pointer = folder / POINTER
-    if pointer.is_file():  # a checkpoint that `latest` names goes first, also when the user pointed it to an older one
-        name = pointer.read_text(errors="replace").strip()
-        if STEP.fullmatch(name):
-            candidates = [folder / name, *(p for p in candidates if p.name != name)]
-        else:
-            warnings.append(f"{pointer} names no checkpoint (it holds {name[:40]!r}).")
-    for path in candidates:
-        if not (problem := verify(path)):
-            return path, warnings
-        warnings.append(problem)
-    if warnings:
-        raise CheckpointError(
-            " ".join(warnings)
-            + f" No good checkpoint is left in {folder}. Restore the file from a copy, or start anew in "
-            "another output_dir."
-        )
-    if resume == "latest":
-        raise CheckpointError(
-            f"There is no checkpoint in {folder}. Leave out `--resume latest` to start from the beginning."
-        )
-    return None, []
-
-
-def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. Reads every file."""
-    if not path.is_dir():
-        return f"There is no checkpoint {path}."
-    try:
-        files = read_manifest(path).files
-    except FileNotFoundError:
-        return f"The checkpoint {path} is incomplete: {MANIFEST} is missing."
-    except ValueError:
-        return f"The checkpoint {path} is damaged: {MANIFEST} cannot be read."
-    for name, expected in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"The checkpoint {path} is incomplete: {name} is missing."
-        if file.stat().st_size != expected.size:
-            return f"The checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes, not {expected.size}."
-        if _sha256(file) != expected.sha256:
-            return f"The checkpoint {path} is damaged: {name} has another content than was written."
-    return None
-
-
-def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """List every file below `folder` with size and hash, after its content has reached the disk."""
-    files = {}
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-        files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": _sha256(file)}
-    _write_durably(folder / MANIFEST, json.dumps({**facts, "files": files}, indent=1))
-
-
-def random_states() -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The generators of torch, CUDA, numpy and Python as tensors and JSON text, for a safetensors file."""
-    tensors = {"rng.torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - libraries draw from the global one
-    return tensors, {
-        "numpy": json.dumps([name, np.asarray(keys).tolist(), *rest]),
-        "python": json.dumps(random.getstate()),
-    }
-
-
-def restore_random_states(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """The inverse of `random_states`."""
-    torch.set_rng_state(tensors["rng.torch"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
-    name, keys, *rest = json.loads(metadata["numpy"])
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
-    version, internal, gauss = json.loads(metadata["python"])
-    random.setstate((version, tuple(internal), gauss))
-
-
-def seed_everything(seed: int) -> None:
-    """Begin all generators of this process anew."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    random.seed(seed)
 
 
 @contextlib.contextmanager
@@ -503,21 +287,3 @@ def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in section.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-
-def _write_durably(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _free_name(path: Path) -> Path:
-    return next(p for n in range(1, 10**6) if not (p := path.with_name(f"{path.name}.{n}")).exists())
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

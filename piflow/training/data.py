@@ -9,11 +9,14 @@ Shards that are left out change the order, not the rule. A batch is a dict of te
 
 from __future__ import annotations
 
+import atexit
 import logging
+import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from piflow.data.shards import COMMANDS, Kind, Sample, ShardedDataset, ShardError, check_shards, read_index
 from piflow.training.config import DataConfig, RandomDataConfig
-from piflow.training.errors import ConfigError
+from piflow.training.errors import ConfigError, TrainingError
 from piflow.training.signals import STOP_SIGNALS
 
 RANDOM_STREAM, LATENT_STREAM = 2, 3  # of random numbers; 1 is the training loop's
@@ -182,13 +185,30 @@ def build_loader(
     with _as_config_error():
         dataset = _dataset(config, seed, rank, world_size)
         sampler = PositionSampler(len(dataset), seed, batch_size, position, rank, world_size)  # type: ignore[arg-type]
-    return DataLoader(
+    return _NamingLoader(
         dataset,
         batch_sampler=_PositionedSampler(sampler) if isinstance(dataset, LatentDataset) else sampler,
         num_workers=config.workers,
         collate_fn=default_collate if config.kind == "digits" else collate,
         worker_init_fn=_outlive_stop_signals,
     )
+
+
+class _NamingLoader(DataLoader[Any]):
+    """A shard that went bad during the run ends it with the shard's name, whichever process read it."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        before = {process.pid for process in multiprocessing.active_children()}
+        batches = super().__iter__()
+        atexit.register(_kill, [p for p in multiprocessing.active_children() if p.pid not in before])
+        try:
+            yield from batches
+        except ShardError as error:
+            said = str(error).rpartition("ShardError: ")[2].strip()  # a worker's traceback goes before
+            raise TrainingError(
+                f"The data cannot be read any more: {said} Then run the same command again: it goes on from the last "
+                "checkpoint."
+            ) from error
 
 
 class _PositionedSampler(Sampler[list[tuple[int, int]]]):
@@ -294,6 +314,14 @@ def _as_config_error() -> Iterator[None]:
         yield
     except (ShardError, OSError) as error:
         raise ConfigError(f"The data cannot be used: {str(error).rstrip('.')}.") from error
+
+
+def _kill(workers: list[BaseProcess]) -> None:
+    """After an error the interpreter would send workers SIGTERM, which they outlive, and then wait without end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # of torch, which would raise for the first one that dies
+    for worker in workers:
+        with suppress(ValueError):  # closed: it has ended
+            worker.kill()
 
 
 def _outlive_stop_signals(worker: int) -> None:

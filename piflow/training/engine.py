@@ -20,7 +20,7 @@ from piflow.training.config import TrainConfig
 from piflow.training.errors import ConfigError, TrainingError
 from piflow.training.lora import lora_values
 from piflow.training.module import PiIDModule, build_module
-from piflow.training.networks import diffusers_class, teacher_source
+from piflow.training.teachers import diffusers_class, teacher_source
 from piflow.training.watch import RankWatch
 
 LOCK_PATIENCE = 600  # seconds; the build takes about 30
@@ -230,8 +230,8 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optim
     return bitsandbytes.optim.AdamW8bit(trainable, **common)
 
 
-def check_optimizer(config: TrainConfig) -> None:
-    """ConfigError where the optimiser of 8 bits cannot run: without bitsandbytes, or without a GPU."""
+def check_optimizer(config: TrainConfig, *, needs_gpu: bool = True) -> None:
+    """ConfigError where AdamW of 8 bits cannot run: without bitsandbytes, or without a GPU if it `needs_gpu`."""
     if config.optimizer.kind == "adamw":
         return
     otherwise = "or set optimizer.kind=adamw."
@@ -239,7 +239,7 @@ def check_optimizer(config: TrainConfig) -> None:
         raise ConfigError(
             f"optimizer.kind=adamw_8bit needs bitsandbytes: `pip install 'piflow[quantization]'`, {otherwise}"
         )
-    if not torch.cuda.is_available():
+    if needs_gpu and not torch.cuda.is_available():
         raise ConfigError(f"optimizer.kind=adamw_8bit needs a GPU, this machine has none: use one, {otherwise}")
 
 

@@ -15,12 +15,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Generator, Tensor
+from torch.utils.data import DataLoader
 
 from piflow.models.export import published_config, write_folder
+from piflow.training.calls import Batch, as_batch
 from piflow.training.checkpoint import (
     CheckpointFolder,
     Progress,
     check_fits,
+    check_shared,
     check_space,
     load_checkpoint,
     save_checkpoint,
@@ -35,7 +38,6 @@ from piflow.training.logging import RunLogger
 from piflow.training.lora import adapter_weights
 from piflow.training.measure import Meter
 from piflow.training.module import PiIDModule
-from piflow.training.networks import Batch, as_batch
 from piflow.training.signals import StopSignal
 from piflow.training.storage import RunFolder, StorageError, run_folder
 
@@ -57,13 +59,19 @@ class Trainer:
         check_optimizer(config)
         self.evaluation = Evaluation(config.logging, self.pictures.local, rank)
         self.accumulation = config.accumulation(world_size)
-        module = module or build_partitioned(config, world_size)
+        # Before anything large: data that are missing, empty or damaged, and folders that cannot be written.
+        self.loader = build_loader(config.data, config.seed, config.batch_size_per_rank, 0, rank, world_size)
         folders = (self.checkpoints, self.logs, self.pictures) if rank == 0 else ()
         if problem := _broadcast(next(filter(None, map(_folder_problem, folders)), None)):
             raise ConfigError(f"{problem}. Choose another output_dir, or other `directories`.")
+        module = module or build_partitioned(config, world_size)
+        for folder in folders:
+            folder.local.mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        check_shared(self.checkpoints.local)
         self.engine = build_engine(module, config)
         self.ema = ShardedEMA(self.engine.module.student, config.ema)
-        self.meter = Meter(self.engine.module, self.engine.device, config.logging.profile_every)
+        self.meter = Meter(self.engine.module, self.engine.device)
         self.progress = Progress()
         self.resumed_from: Path | None = None
         self.newest: Path | None = None  # checkpoint of this run, written or resumed from
@@ -86,6 +94,7 @@ class Trainer:
                 "Use the configuration that it was written with, or another output_dir."
             ) from error
         self.newest = self.resumed_from = path
+        self.skipped_in_a_row = self.progress.skipped_in_a_row
         return [*messages, f"resumed from {path} at iteration {self.progress.iteration}"]
 
     def _agree_on_checkpoint(self, resume: str) -> tuple[Path | None, list[str]]:
@@ -107,15 +116,12 @@ class Trainer:
 
     def train(self, logger: RunLogger) -> int:
         """Run to the last iteration, or to a signal: returns its number, 0 without one. Saves at the end of either."""
-        config = self.config
-        loader = build_loader(
-            config.data, config.seed, config.batch_size_per_rank, self.progress.position, self.rank, self.world_size
-        )
-        stop = 0
+        config, stop = self.config, 0
+        _start_at(self.loader, self.progress.position)
         with StopSignal() as signals:
-            batches = iter(loader)
+            batches = iter(self.loader)
             while self.progress.iteration < config.iterations and not stop:
-                with self.meter.iteration(self.progress.iteration):
+                with self.meter.iteration():
                     with self.meter.section("data"):
                         read = [as_batch(batch) for batch in islice(batches, self.accumulation)]
                     loss, grad_norm, stop = self.step(read, signals)
@@ -124,18 +130,18 @@ class Trainer:
                     logger.say(f"iteration {done} was skipped on every rank: loss {loss}, gradient norm {grad_norm}")
                 measured = self.meter.collect() if logger.is_due(done) else {}
                 logger.step(done, loss, grad_norm, config.optimizer.learning_rate_at(done - 1), measured)
-                self.evaluation.run(self, loader.dataset, logger)
+                self.evaluation.run(self, self.loader.dataset, logger)
                 if stop or done % config.checkpoint.every == 0 or done == config.iterations:
-                    self.save()
+                    self.save(last=bool(stop) or done == config.iterations)
         return stop
 
-    def save(self) -> Path:
+    def save(self, last: bool = True) -> Path:
         """Write a checkpoint; collective. Raises TrainingError on every rank, and writes nothing, if a weight of any is
-        not finite, or if the disk is full.
+        not finite, or if the disk is full; and if a URL fails, unless this is not the `last` one.
         """
         self._check_weights()
         good = (self.resumed_from, self.last_good)
-        self.newest = save_checkpoint(self.store, self.engine, self.progress, self.ema, self.config, good)
+        self.newest = save_checkpoint(self.store, self.engine, self.progress, self.ema, self.config, good, last)
         self.mirror()
         return self.newest
 
@@ -165,7 +171,8 @@ class Trainer:
         # One small collective carries the mean loss and the signals, so that all ranks take the same decision.
         facts = torch.stack([loss, torch.full_like(loss, signals.received if signals else 0)])
         everyone = [torch.empty_like(facts) for _ in range(self.world_size)]
-        dist.all_gather(everyone, facts)
+        with self.meter.section("communication"):  # where a rank waits for slower ones
+            dist.all_gather(everyone, facts)
         losses, received = torch.stack(everyone).unbind(dim=1)
         with self.meter.section("optimizer"):
             self.engine.step()  # which does nothing where the norm of all ranks' gradients is not finite
@@ -177,7 +184,8 @@ class Trainer:
             self._skip(losses.tolist(), iteration + 1)
         consumed = self.config.batch_size_per_rank * self.world_size * len(batches)
         mean_loss = losses.mean().item()
-        self.progress = Progress(iteration + 1, self.progress.position + consumed, mean_loss)
+        position = self.progress.position + consumed
+        self.progress = Progress(iteration + 1, position, mean_loss, self.skipped_in_a_row)
         return mean_loss, grad_norm, int(received.max().item())
 
     def _accumulate(self, batches: Sequence[Batch], generator: Generator) -> Tensor:
@@ -269,11 +277,17 @@ class Trainer:
         exported.save_pretrained(folder)
 
 
+def _start_at(loader: DataLoader[Any], position: int) -> None:
+    """Let the next pass over a loader of `build_loader` begin at sample `position` of the stream."""
+    sampler: Any = loader.batch_sampler
+    getattr(sampler, "sampler", sampler).position = position
+
+
 def _folder_problem(folder: RunFolder) -> str | None:
-    """Make the folder and try to write into it, and at its URL; what goes wrong, or None."""
+    """Try to write where the folder is or will be, and at its URL, leaving nothing; what goes wrong, or None."""
     try:
-        folder.local.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder.local).close()
+        existing = next(place for place in (folder.local, *folder.local.absolute().parents) if place.exists())
+        tempfile.TemporaryFile(dir=existing).close()
         if folder.remote:
             folder.remote.check()
     except OSError as error:

@@ -1,15 +1,18 @@
 """What a training step is made of: loss by noise level, time by part, memory.
 
-Nothing here waits for a GPU between two reports: losses are added up where they are, and times are CUDA events.
+Losses are added up where they are, and times are CUDA events: a GPU is waited for once in an iteration, at its end,
+when the loss has been read anyway.
 """
 
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import psutil
@@ -17,10 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
-from torch.profiler import ProfilerActivity, profile
 
 GIB = 2**30
-PARTS = ("network", "policy", "optimizer", "data")
+PARTS = ("network", "policy", "optimizer", "data", "communication")
+COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_reduce", "broadcast", "reduce_scatter_tensor")
+"""What ZeRO-3 calls of a DeepSpeed backend."""
 
 
 class NoiseLevelLoss:
@@ -68,16 +72,18 @@ class Stopwatch:
 
 
 class StepTimer:
-    """Seconds of an iteration in the networks, in policies, in the optimiser and in waiting for data.
+    """Seconds of an iteration in the networks, in policies, in the optimiser, in data and in communication.
 
     The networks' share is the forward passes of `student` and `teacher` and what of the backward pass follows the
-    gradient of the student's output; collective operations that are not hidden behind computation count where they are
-    waited for. The rest of both passes is the policy's: noise, rollouts, losses. Times are those of this rank.
+    gradient of the student's output. The rest of both passes is the policy's: noise, rollouts, losses. Communication is
+    a time of its own, not a further share: what is not hidden behind computation is part of the network's and the
+    optimiser's time too. Times are those of this rank.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, device: torch.device) -> None:
         self.watch = Stopwatch(device)
         self.intervals: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+        self.total: dict[str, float] = defaultdict(float)
         self._reached: Any = None  # when the gradient was last at the student's output
         self._started: list[Any] = []
         self._inside = ""  # the section
@@ -87,7 +93,7 @@ class StepTimer:
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """Time what runs within: "forward", "backward", "optimizer" or "data"."""
+        """Time what runs within: "forward", "backward", "optimizer", "data" or "communication"."""
         self._reached, self._inside = None, name
         start = self.watch.now()
         yield
@@ -99,16 +105,39 @@ class StepTimer:
         else:
             self.intervals[name].append((start, end))
 
+    @contextmanager
+    def collectives(self, backend: Any) -> Iterator[None]:
+        """Time the collective operations of a DeepSpeed `backend` within: calls, and waits for those under way."""
+        for name in COLLECTIVES:
+            setattr(backend, name, partial(self._communicate, getattr(backend, name)))
+        try:
+            yield
+        finally:
+            for name in COLLECTIVES:
+                delattr(backend, name)  # the method of its class is seen again
+
+    def add_up(self) -> None:
+        """Put what was timed into sums; waits for the GPU."""
+        if self.watch.on_gpu and self.intervals:
+            torch.cuda.synchronize()
+        for name, pairs in self.intervals.items():
+            self.total[name] += sum(self.watch.seconds(*pair) for pair in pairs)
+        self.intervals.clear()
+
     def collect(self, iterations: int) -> dict[str, float]:
         """{"time/network": seconds per iteration, ...} over the last `iterations`; waits for the GPU, begins anew."""
-        if self.watch.on_gpu:
-            torch.cuda.synchronize()
-        total = {name: sum(self.watch.seconds(*pair) for pair in pairs) for name, pairs in self.intervals.items()}
-        self.intervals.clear()
+        self.add_up()
+        total, self.total = self.total, defaultdict(float)
         forward, within = total.pop("forward", 0.0), total.pop("network_forward", 0.0)
-        total["network"] = total.get("network", 0.0) + within
-        total["policy"] = total.get("policy", 0.0) + forward - within
-        return {f"time/{part}": total.get(part, 0.0) / max(iterations, 1) for part in PARTS}
+        total["network"] += within
+        total["policy"] += forward - within
+        return {f"time/{part}": total[part] / max(iterations, 1) for part in PARTS}
+
+    def _communicate(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        start = self.watch.now()
+        result = call(*arguments, **named)
+        self.intervals["communication"].append((start, self.watch.now()))
+        return _TimedWork(result, self) if hasattr(result, "wait") else result
 
     def _enter(self, network: nn.Module, arguments: Any) -> None:
         if self._inside == "forward":
@@ -128,6 +157,22 @@ class StepTimer:
         self._reached = self.watch.now()
 
 
+class _TimedWork:
+    """A collective operation under way; waiting for it is timed."""
+
+    def __init__(self, work: Any, timer: StepTimer) -> None:
+        self._work, self._timer = work, timer
+
+    def wait(self, *arguments: Any) -> Any:
+        start = self._timer.watch.now()
+        result = self._work.wait(*arguments)
+        self._timer.intervals["communication"].append((start, self._timer.watch.now()))
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+
 def _tensors(output: Any) -> list[Tensor]:
     values = output if isinstance(output, tuple) else getattr(output, "__dict__", {}).values()
     values = output.values() if isinstance(output, Mapping) else values
@@ -137,21 +182,19 @@ def _tensors(output: Any) -> list[Tensor]:
 class Meter:
     """All of it for one run. `module` has `student`, `teacher` and, after each forward pass, `last`."""
 
-    def __init__(self, module: Any, device: torch.device, profile_every: int = 0) -> None:
-        self.module, self.device, self.profile_every = module, device, profile_every
+    def __init__(self, module: Any, device: torch.device) -> None:
+        self.module, self.device = module, device
         self.losses = NoiseLevelLoss(device)
         self.timer = StepTimer(module.student, module.teacher, device)
         self.iterations = 0
-        self.extra: dict[str, float] = {}
 
     @contextmanager
-    def iteration(self, iteration: int) -> Iterator[None]:
-        """Count one, the `iteration`-th from 0, and time its communication if that is due."""
-        if self.profile_every and (iteration + 1) % self.profile_every == 0:
-            with communication_time(self.extra, self.device):
-                yield
-        else:
+    def iteration(self) -> Iterator[None]:
+        """Count one, and time its communication."""
+        backend = deepspeed_backend()
+        with nullcontext() if backend is None else self.timer.collectives(backend):
             yield
+        self.timer.add_up()
         self.iterations += 1
 
     def section(self, name: str) -> AbstractContextManager[None]:
@@ -164,24 +207,15 @@ class Meter:
 
     def collect(self) -> dict[str, float]:
         """All values since it was last asked, for `RunLogger.step`. Collective."""
-        values = self.losses.collect() | self.timer.collect(self.iterations) | self.extra | memory(self.device)
-        self.iterations, self.extra = 0, {}
+        values = self.losses.collect() | self.timer.collect(self.iterations) | memory(self.device)
+        self.iterations = 0
         return values
 
 
-@contextmanager
-def communication_time(values: dict[str, float], device: torch.device) -> Iterator[None]:
-    """Put "time/communication" into `values`: seconds of this rank's collective operations in what runs within.
-
-    Read by torch's profiler, which slows the iteration down: for one now and then. Waiting for other ranks counts, and
-    so does what is hidden behind computation.
-    """
-    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiled:
-        yield
-    names = ("ncclDevKernel", "ncclKernel") if device.type == "cuda" else ("gloo:",)
-    events = [event for event in profiled.events() or () if event.name.startswith(names)]
-    values["time/communication"] = sum(event.time_range.elapsed_us() for event in events) / 1e6
+def deepspeed_backend() -> Any:
+    """What DeepSpeed sends its collective operations to, or None before it has joined a process group."""
+    module = sys.modules.get("deepspeed.comm.comm")
+    return getattr(module, "cdb", None)
 
 
 def memory(device: torch.device) -> dict[str, float]:

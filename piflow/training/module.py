@@ -19,19 +19,10 @@ from piflow.distillation import (
 )
 from piflow.noise_schedule import NoiseSchedule, segments
 from piflow.policies import DXPolicy, GMFlowPolicy, Policy
+from piflow.training.calls import Batch, Calls, Condition, joined, select
 from piflow.training.config import DistillationConfig, TeacherConfig, TrainConfig
-from piflow.training.networks import (
-    Batch,
-    Calls,
-    Condition,
-    SharedTeacher,
-    blocks_of,
-    build_calls,
-    build_networks,
-    joined,
-    load_class_teacher,
-    select,
-)
+from piflow.training.networks import SharedTeacher, blocks_of, build_calls, build_networks
+from piflow.training.teachers import load_class_teacher
 
 
 @dataclass(frozen=True)
@@ -163,13 +154,13 @@ class PiIDModule(nn.Module):
         return self
 
     def leaf_modules(self) -> list[nn.Module]:
-        """What ZeRO-3 gathers at once: blocks, and a plain DiT teacher as a whole.
+        """What ZeRO-3 gathers at once: blocks.
 
-        Such a teacher calls the embedder of its block 0 from outside the block, which a leaf block would leave empty.
-        A student cannot be one leaf: DeepSpeed reduces a leaf's gradients once its input has one, and this has none.
+        Of a plain DiT teacher not the first one: its embedder is called once more from outside the block, which a leaf
+        would leave empty.
         """
-        whole = self.calls.layout == "spatial"
-        return [*([self.teacher] if whole else blocks_of(self.teacher)), *blocks_of(self.student)]
+        first = 1 if self.calls.layout == "spatial" else 0
+        return [*blocks_of(self.teacher)[first:], *blocks_of(self.student)]
 
 
 def noise_schedule(config: DistillationConfig) -> NoiseSchedule:

@@ -2,30 +2,27 @@
 
     plan = memory_plan(load_config("configs/qwen_image/gm_4nfe.yaml"), num_gpus=8, gpu_memory=80e9)
 
-Parameters are counted on networks that are built without values. Activations and FLOPs are those of the same networks
-run on fake tensors (torch's FakeTensorMode): every operation computes shapes, and nothing is allocated.
+Parameters are counted on networks that are built without values; activations and FLOPs are those of the same networks
+run without allocating anything (`piflow.training.workload`).
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch import nn
 
+from piflow.training.advice import changes
 from piflow.training.config import DataConfig, RandomDataConfig, TrainConfig
 from piflow.training.engine import deepspeed_config, micro_steps
 from piflow.training.errors import ConfigError
+from piflow.training.loading import local_folder
 from piflow.training.module import PiIDModule, build_module
-from piflow.training.networks import blocks_of, build_teacher
+from piflow.training.teachers import TEACHER_CLASSES, build_teacher
+from piflow.training.workload import Workload, workload
 
 BANDWIDTH = 300e9  # bytes a second that a GPU receives of others: NVLink, of which collectives reach about two thirds
 COMPUTE = 400e12  # bfloat16 FLOP/s that such networks reach on an H100 or H200
@@ -79,32 +76,10 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Workload:
-    """What the networks do in one micro-step: FLOPs, and bytes beside the parameters.
-
-    held: between the student's forward and backward pass; block: one block run forward and backward; block_held: what
-    it holds in between; teacher: a call of the teacher. student_flops: forward pass, recomputation and backward pass.
-    """
-
-    student_flops: float
-    teacher_flops: float
-    held: float
-    block: float
-    block_held: float
-    teacher: float
-
-    def times(self, factor: float) -> Workload:
-        """Of a batch `factor` times as large."""
-        return Workload(*(factor * getattr(self, field.name) for field in fields(self)))
-
-    def activations(self, checkpointing: bool) -> float:
-        """The most that lives at once; without checkpointing what blocks hold is in `held` already."""
-        return self.held + max(self.block - (0 if checkpointing else self.block_held), self.teacher)
-
-
-@dataclass(frozen=True)
 class Plan:
-    """The answer. `items` add up to `peak`; `changes` are what helps where that does not fit, the best first."""
+    """The answer. `items` add up to `peak`; `note` is what was assumed; `changes` are what helps where it does not fit,
+    the best first.
+    """
 
     num_gpus: int
     gpu_memory: float
@@ -115,6 +90,7 @@ class Plan:
     traffic: float
     compute_seconds: float
     traffic_seconds: float
+    note: str = ""
     changes: tuple[str, ...] = ()
 
     @property
@@ -149,6 +125,7 @@ class Plan:
                 "compute_seconds": self.compute_seconds,
                 "traffic_seconds": self.traffic_seconds,
             },
+            "note": self.note,
             "changes": list(self.changes),
         }
 
@@ -168,22 +145,27 @@ def memory_plan(
 
     Args:
         pixels: height and width of the images of a text-to-image model; None takes the configuration's latents, or
-            1024. Cached data are not looked at, so that a run can be planned before they are there.
+            1024. Cached data are not looked at, and a teacher's files need not be there: see `with_published_size`.
         prompt_tokens: length of its prompts.
         bandwidth: bytes a second that a GPU receives from the others.
         compute: FLOP/s of a GPU.
         advise: work out what to change where it does not fit.
 
     Raises:
-        ConfigError: the networks cannot be built, or the batch does not divide over the GPUs.
+        ConfigError: the networks cannot be built, the batch does not divide over the GPUs, or there is no GPU.
     """
-    base = build(config, pixels)
-    shape = latent_shape(base.teacher.config, config, pixels)
+    if num_gpus < 1 or not gpu_memory > 0:
+        raise ConfigError(f"A plan is for at least one GPU with some memory, got {num_gpus} of {gpu_memory:g} bytes.")
+    config, note = with_published_size(config)
+    modules: dict[str, PiIDModule] = {}
     runs: dict[bool, Workload] = {}  # what another batch or rank needs is worked out from one run
 
     def plan(changed: TrainConfig, gpus: int) -> Plan:
-        module = base if changed.student == config.student else build(changed, pixels)
-        checkpointing = changed.student.gradient_checkpointing
+        student = changed.student.model_dump_json()
+        if student not in modules:
+            modules[student] = build(changed, pixels)
+        module, checkpointing = modules[student], changed.student.gradient_checkpointing
+        shape = latent_shape(module.teacher.config, changed, pixels)
         if checkpointing not in runs:
             runs[checkpointing] = workload(module, changed, shape, prompt_tokens)
             runs[checkpointing] = runs[checkpointing].times(1 / changed.batch_size_per_rank)
@@ -195,7 +177,8 @@ def memory_plan(
         steps, calls = micro_steps(changed, gpus), config.distillation.num_intermediate_states
         flops = steps * (work.student_flops + calls * work.teacher_flops)
         traffic = steps * traffic_of(counts, zero, gpus, calls)
-        return Plan(gpus, gpu_memory, counts, work, tuple(items), flops, traffic, flops / compute, traffic / bandwidth)
+        seconds = (flops / compute, traffic / bandwidth)
+        return Plan(gpus, gpu_memory, counts, work, tuple(items), flops, traffic, *seconds, note=note)
 
     planned = plan(config, num_gpus)
     if planned.fits or not advise:
@@ -256,104 +239,24 @@ def traffic_of(counts: Counts, zero: dict[str, Any], world_size: int, teacher_ca
     return (world_size - 1) / world_size * (counts.itemsize * passes * scale + 4 * counts.trainable)
 
 
-def changes(config: TrainConfig, plan: Plan, again: Callable[[TrainConfig, int], Plan]) -> Iterator[str]:
-    """What makes a plan smaller, what saves most first; `again` plans a changed configuration on a number of GPUs."""
-
-    def changed(**sections: Any) -> TrainConfig:
-        raw = config.model_dump()
-        for name, value in sections.items():
-            raw[name] = {**raw[name], **value} if isinstance(value, dict) else value
-        return TrainConfig.model_validate(raw)
-
-    zero, lora = config.zero, config.student.lora
-    options: dict[str, dict[str, Any]] = {}
-    if not config.student.gradient_checkpointing:
-        options["student.gradient_checkpointing=true"] = {"student": {"gradient_checkpointing": True}}
-    if config.batch_size_per_rank > 1:
-        half = config.batch_size_per_rank // 2
-        options[f"batch_size_per_rank={half}"] = {"batch_size_per_rank": half}
-    if plan.num_gpus > 1 and zero.param_persistence_threshold > 100_000:
-        options["zero.param_persistence_threshold=0"] = {"zero": {"param_persistence_threshold": 0}}
-    if zero.max_reuse_distance:
-        options["zero.max_reuse_distance=0"] = {"zero": {"max_reuse_distance": 0}}
-    if zero.max_live_parameters > 2 * plan.counts.largest:
-        lower = {
-            "max_live_parameters": 2 * plan.counts.largest,
-            "prefetch_bucket_size": min(zero.prefetch_bucket_size, plan.counts.largest),
-        }
-        options[" ".join(f"zero.{name}={number}" for name, number in lower.items())] = {"zero": lower}
-    if zero.reduce_bucket_size > plan.counts.largest:
-        options[f"zero.reduce_bucket_size={plan.counts.largest}"] = {
-            "zero": {"reduce_bucket_size": plan.counts.largest}
-        }
-    if config.optimizer.kind == "adamw":
-        options["optimizer.kind=adamw_8bit"] = {"optimizer": {"kind": "adamw_8bit"}}
-    if lora and lora.rank > 1:
-        options[f"student.lora.rank={lora.rank // 2}"] = {
-            "student": {"lora": {**lora.model_dump(), "rank": lora.rank // 2}}
-        }
-
-    saved = []
-    for text, sections in options.items():
-        with suppress(ConfigError, ValueError):  # a change that the rest of the configuration does not allow
-            other = again(changed(**sections), plan.num_gpus)
-            saved.append((other.fits, plan.peak - other.peak, text))
-    for factor in (2, 4, 8, 16, 32):
-        try:
-            other = again(config, plan.num_gpus * factor)
-        except ConfigError:  # the batch does not divide
-            continue
-        if other.fits or factor == 32:
-            saved.append((other.fits, plan.peak - other.peak, f"{plan.num_gpus * factor} GPUs"))
-            break
-    for fits, less, text in sorted(saved, reverse=True):
-        if less > 0:
-            yield f"{text}: {less / 1e9:.2f} GB less, {'fits' if fits else 'not enough alone'}"
-
-
-def workload(
-    module: PiIDModule, config: TrainConfig, latent_shape: tuple[int, int, int], prompt_tokens: int
-) -> Workload:
-    """Run student, one block and teacher on fake tensors. Turns the module's parameters into fake ones."""
-    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    batch = config.batch_size_per_rank
-    branches = 1 if config.distillation.guidance_scale == 1 else 2
-    blocks = blocks_of(module.student)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        known = _fake_parameters(module, dtype)
-        seen: dict[type, tuple[nn.Module, Any, Any]] = {}
-
-        def note(block: nn.Module, args: Any, kwargs: Any) -> None:
-            seen.setdefault(type(block), (block, args, kwargs))
-
-        hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
-        inputs = _inputs(module, latent_shape, batch, prompt_tokens, dtype)
-        module.train()
-        with LiveBytes(known) as live, _flop_counter() as forward:
-            output = module.student(**inputs)
-        for hook in hooks:
-            hook.remove()
-        held = live.now
-
-        in_blocks, recomputed, backward, largest, largest_held = 0, 0, 0, 0, 0
-        for kind, (block, args, kwargs) in seen.items():
-            count = sum(type(other) is kind for other in blocks)
-            cost = _run_block(block, args, kwargs)
-            in_blocks += count * cost[0]
-            backward += count * cost[1]
-            if cost[2] > largest:
-                largest, largest_held = cost[2], cost[3]
-        if config.student.gradient_checkpointing:
-            recomputed = in_blocks
-        total = forward.get_total_flops()
-        outside = 2 * (total - in_blocks)
-        del output
-
-        inputs = _inputs(module, latent_shape, branches * batch, prompt_tokens, dtype)
-        with LiveBytes((inputs, known)) as live, _flop_counter() as call, torch.no_grad():
-            module.teacher(**inputs, return_dict=False)
-    student_flops = total + recomputed + backward + outside
-    return Workload(student_flops, call.get_total_flops(), held, largest, largest_held, live.peak)
+def with_published_size(config: TrainConfig) -> tuple[TrainConfig, str]:
+    """The configuration, without the files of a teacher that are not there but of the size that its class has by
+    default, which is that of the published network; and what was assumed.
+    """
+    settings = config.teacher
+    if settings.random is not None or settings.path is None or settings.path.exists() or settings.kind == "digits":
+        return config, ""
+    sizes: dict[str, Any] = {}
+    if settings.is_text_to_image:
+        with suppress(ConfigError):
+            local_folder(str(settings.path), weights=False)
+            return config, ""
+    if settings.kind in ("flux", "flux2"):
+        sizes["guidance_embeds"] = config.distillation.embedded_guidance is not None
+    teacher = settings.model_copy(update={"path": None, "random": sizes})
+    cls = TEACHER_CLASSES[settings.kind]
+    note = f"There is no teacher in {settings.path}: planned for a {cls} of the size that it has by default."
+    return config.model_copy(update={"teacher": teacher}), note
 
 
 def build(config: TrainConfig, pixels: int | None = None) -> PiIDModule:
@@ -384,78 +287,11 @@ def latent_shape(network: Any, config: TrainConfig, pixels: int | None = None) -
     if pixels is None and given is not None:
         channels, height, width = given
         return channels, height, width
+    if pixels is not None and pixels % 16:
+        raise ConfigError(f"Images of {pixels} x {pixels} pixels do not divide into tokens: take a multiple of 16.")
     side = 16 if config.teacher.kind == "flux2" else 8  # pixels of a latent one; FLUX.2's are put in 2 x 2 already
     channels = network.in_channels // (1 if config.teacher.kind == "flux2" else 4)
     return channels, (pixels or 1024) // side, (pixels or 1024) // side
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made within it: `now`, those still alive, and `peak`. Views of `known` do not count.
-
-    Works on fake tensors and on real ones, of any device.
-    """
-
-    def __init__(self, known: Any = ()) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.storages: set[int] = set()
-        for storage in {x.untyped_storage() for x in tree_leaves(known) if isinstance(x, Tensor)}:
-            self._register(storage, 0)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._add, result)
-        return result
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.storages:
-            self._register(storage, storage.nbytes())
-
-    def _register(self, storage: Any, size: int) -> None:
-        self.storages.add(storage._cdata)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, storage._cdata, size)  # another one may come to lie at its address
-
-    def _gone(self, key: int, size: int) -> None:
-        self.storages.discard(key)
-        self.now -= size
-
-
-def _run_block(block: nn.Module, args: Any, kwargs: Any) -> tuple[int, int, int, int]:
-    """(FLOPs forward, FLOPs backward, peak bytes, bytes held in between) of one block, run without checkpointing."""
-    args, kwargs = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.is_floating_point()), (args, kwargs))
-    with LiveBytes((args, kwargs, list(block.parameters()))) as live, _flop_counter() as flops:
-        outputs = [x for x in tree_leaves(block(*args, **kwargs)) if isinstance(x, Tensor) and x.requires_grad]
-        forward, held = flops.get_total_flops(), live.now
-        torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
-    for parameter in block.parameters():
-        parameter.grad = None
-    return forward, flops.get_total_flops() - forward, live.peak, held
-
-
-def _inputs(module: PiIDModule, shape: tuple[int, int, int], batch: int, tokens: int, dtype: torch.dtype) -> Any:
-    """Keyword arguments of a network for `batch` latents of `shape`, in a FakeTensorMode."""
-    state = module.calls.state(torch.empty(batch, *shape, dtype=dtype)).requires_grad_()
-    network = module.teacher.config
-    condition: dict[str, Any] = {"class_labels": torch.zeros(batch, dtype=torch.long)}
-    if module.calls.layout == "packed":
-        condition = {
-            "prompt_embeds": torch.empty(batch, tokens, network.joint_attention_dim, dtype=dtype),
-            "prompt_mask": None,
-            "pooled": torch.empty(batch, getattr(network, "pooled_projection_dim", 1), dtype=dtype),
-        }
-    return module.calls.inputs(state, torch.empty(batch), condition, (shape[1], shape[2]))
-
-
-def _fake_parameters(module: nn.Module, dtype: torch.dtype) -> list[nn.Parameter]:
-    """Put parameters without memory in place of the module's, and return them."""
-    for name, parameter in list(module.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        fake = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), parameter.requires_grad)
-        module.get_submodule(owner).register_parameter(leaf, fake)
-    return list(module.parameters())
 
 
 def _gathered_at_once(module: PiIDModule) -> list[list[nn.Parameter]]:
@@ -468,22 +304,3 @@ def _gathered_at_once(module: PiIDModule) -> list[list[nn.Parameter]]:
 
 def _size(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
-
-
-@contextmanager
-def _flop_counter() -> Iterator[FlopCounterMode]:
-    """torch's counter, which does not know the attention kernels of the CPU by itself."""
-
-    def forward(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    def backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-        return sdpa_backward_flop_count(grad, query, key, value)
-
-    aten = torch.ops.aten
-    kernels = {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
-        yield counter

@@ -38,8 +38,8 @@ def universal_checkpoint(path: Path, scratch: Path) -> Iterator[Path]:
         )
     try:
         yield scratch
+        dist.barrier()  # not after an error: ranks that have none are still at another collective
     finally:
-        dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(scratch, ignore_errors=True)
 

@@ -125,6 +125,61 @@ def test_the_middle_square(tmp_path: Path) -> None:
     torch.testing.assert_close(load_image(tmp_path / "y.png", 4), load_image(tmp_path / "z.png", 4).flip(1, 2))
 
 
+def test_sixteen_bits_of_grey_are_not_white(tmp_path: Path) -> None:
+    """Pillow's own conversion cuts all above 255 off."""
+    levels = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(levels).save(tmp_path / "deep.png", exif=exif)
+    Image.fromarray((levels >> 8).astype(np.uint8)).save(tmp_path / "flat.png", exif=exif)
+    deep = load_image(tmp_path / "deep.png", 8)
+    assert torch.equal(deep, load_image(tmp_path / "flat.png", 8))
+    assert deep[0, 0, 0] == 1.0  # upside down
+    assert deep[0, -1, -1] == -1.0
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_every_kind_of_pixel(tmp_path: Path, mode: str, orientation: int) -> None:
+    """Black left half, white right half; held at the side, the left half is above."""
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:, 16:] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
+    Image.fromarray(pixels).convert(mode).save(path, exif=exif)
+    image = load_image(path, 8)
+    dark, light = (image[:, :, :3], image[:, :, 5:]) if orientation == 1 else (image[:, :3], image[:, 5:])
+    torch.testing.assert_close(dark, torch.full_like(dark, -1), atol=0.05, rtol=0)
+    torch.testing.assert_close(light, torch.full_like(light, 1), atol=0.05, rtol=0)
+
+
+def test_a_size_that_is_no_whole_number_of_latents(folder: Path, kl: Path, tmp_path: Path) -> None:
+    flux2_vae().save_pretrained(tmp_path / "flux2")
+    qwen_vae().save_pretrained(tmp_path / "qwen")
+    for name, downscale in ((kl, 2), (tmp_path / "flux2", 4), (tmp_path / "qwen", 2)):
+        out = tmp_path / "out"
+        said = cache(folder, name, out, "--size", str(16 * downscale + 1), code=1)
+        assert f"has one for {downscale} pixels. The nearest are {16 * downscale} and {17 * downscale}." in said
+        assert not out.exists()
+    cache(folder, tmp_path / "flux2", tmp_path / "out", "--size", "20")
+    assert ShardedDataset(tmp_path / "out")[0]["mean"].shape[1:] == (5, 5)
+
+
+def test_a_broken_image_that_was_mended_is_taken_in(folder: Path, kl: Path, tmp_path: Path) -> None:
+    broken, out = folder / "n01" / "a.png", tmp_path / "out"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:50])
+    cache(folder, kl, out, "--flip", "--shard-size", "2", "--on-corrupt", "skip")
+    assert len(ShardedDataset(out)) == 8
+    assert "0 shards written, 3 kept" in cache(folder, kl, out, "--flip", "--shard-size", "2", "--on-corrupt", "skip")
+    assert f"{broken} is" in cache(folder, kl, out, "--flip", "--shard-size", "2", code=1)
+    broken.write_bytes(whole)
+    assert "1 shards written, 2 kept" in cache(folder, kl, out, "--flip", "--shard-size", "2")
+    assert ShardedDataset(out).sources().tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert "0 shards written, 3 kept" in cache(folder, kl, out, "--flip", "--shard-size", "2")
+
+
 def test_qwen_and_flux2_latents_are_scaled_as_in_their_pipelines(tmp_path: Path) -> None:
     images = torch.stack([load_image(save(tmp_path, seed), 32) for seed in (0, 1)])
     qwen = qwen_vae()

@@ -206,6 +206,46 @@ def test_jsonl(tmp_path: Path) -> None:
         read_prompts(str(path))
 
 
+@pytest.mark.parametrize(
+    ("content", "texts", "places"),
+    [
+        (b"\xef\xbb\xbfa cat\r\n two \r\n\r\nlast", ["a cat", "two", "last"], [0, 1, 3]),  # of Windows
+        (b"one\x0btwo\nfi\xe2\x80\xa8ve\xc2\x85six\n", ["one\x0btwo", "fi\u2028ve\x85six"], [0, 1]),
+        (b"\xf0\x9f\x90\x88\xe2\x80\x8d\xe2\xac\x9b\n\x00nul\n" + b"word " * 50000, None, [0, 1, 2]),
+    ],
+)  # fmt: skip
+def test_lines_end_where_an_editor_ends_them(
+    tmp_path: Path, content: bytes, texts: list[str] | None, places: list[int]
+) -> None:
+    path = tmp_path / "odd.txt"
+    path.write_bytes(content)
+    prompts = read_prompts(str(path))
+    assert prompts.places == places
+    assert prompts.texts == (texts or ["\U0001f408\u200d\u2b1b", "\x00nul", ("word " * 50000).strip()])
+
+
+@pytest.mark.parametrize("family", SAVE)
+def test_odd_and_very_long_prompts_are_encoded(family: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    source = tmp_path / "odd.txt"
+    source.write_text(
+        "word " * 5000 + "\n\U0001f408\u200d\u2b1b \u202eleft\n\x00\n<|endoftext|> {}%s\n", encoding="utf-8"
+    )
+    cache(source, bases[family], tmp_path / "out", "--max-length", str(LENGTH[family]))
+    data = ShardedDataset(tmp_path / "out", "prompts")
+    assert len(data) == 4
+    assert all(data[i]["prompt_embeds"].isfinite().all() for i in range(4))
+    assert len(data[0]["prompt_embeds"]) <= LENGTH[family]
+
+
+def test_half_a_character_is_named(bases: dict[str, Path], tmp_path: Path) -> None:
+    """JSON lets it pass, tokenizers do not."""
+    source = tmp_path / "half.jsonl"
+    source.write_text('{"prompt": "a cat"}\n{"prompt": "bad \\ud83d end"}\n')
+    said = cache(source, bases["qwen_image"], tmp_path / "out", code=1)
+    assert "half.jsonl, line 2: 'prompt' is no Unicode text, it has half a character at 4." in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_hash_follows_texts_and_places(tmp_path: Path) -> None:
     hashes = set()
     for number, text in enumerate(["a\nb", "a\n\nb", "a\nc", "ab"]):
@@ -217,5 +257,30 @@ def test_the_hash_follows_texts_and_places(tmp_path: Path) -> None:
 
 def test_datasets_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)  # as Python marks what cannot be imported
-    with pytest.raises(ModuleNotFoundError, match=r"owner/name is read with the `datasets` package.*pip install data"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"owner/name is read with the `datasets` package.*pip install 'piflow.data"
+    ):
         read_prompts("owner/name")
+
+
+def test_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables, a folder of them, and what `save_to_disk` wrote, with splits and without: read by the real package."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = datasets.Dataset.from_dict({"caption": ["a cat", "", 'two, "dogs"\nat dusk'], "n": [1, 2, 3]})
+    (tmp_path / "folder").mkdir()
+    rows.to_csv(tmp_path / "rows.csv")
+    rows.to_parquet(tmp_path / "rows.parquet")
+    rows.to_parquet(tmp_path / "folder" / "train-0.parquet")
+    rows.save_to_disk(tmp_path / "plain")
+    datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "splits")
+    for name in ("rows.csv", "rows.parquet", "folder", "plain", "splits"):
+        prompts = read_prompts(str(tmp_path / name), "caption", "train")
+        assert prompts.texts == ["a cat", 'two, "dogs"\nat dusk'], name
+        assert prompts.places == [0, 2]
+    assert read_prompts(str(tmp_path / "splits"), "caption", "test").texts == ["a cat"]
+    with pytest.raises(ValueError, match=r"no split 'validation' but \['test', 'train'\]"):
+        read_prompts(str(tmp_path / "splits"), "caption", "validation")
+    with pytest.raises(ValueError, match=r"no column 'prompt' but \['caption', 'n'\]: name one with --key"):
+        read_prompts(str(tmp_path / "plain"), "prompt", "train")

@@ -146,6 +146,19 @@ def test_a_shard_damaged_later_is_named_when_it_is_read(tmp_path: Path) -> None:
         data[4]
 
 
+def test_a_damaged_header_is_noticed_without_reading_all(tmp_path: Path) -> None:
+    write(tmp_path)
+    path = tmp_path / "shard-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[3:40] = b"x" * 37
+    path.write_bytes(content)
+    found = check_shards(tmp_path, read_index(tmp_path))
+    assert found == {"shard-00001.safetensors": "begins otherwise than was written"}
+    writer = ShardWriter(tmp_path, plan(), ragged=["text"])
+    assert writer.pending() == [1]
+    assert writer.pending(samples_an_item=2) == [0, 1, 2]
+
+
 def test_folders_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match=r"is no folder of shards: it has no index.json. Run `piflow cache-latents`"):
         read_index(tmp_path / "none", "latents")

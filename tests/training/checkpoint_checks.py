@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 from pathlib import Path
@@ -141,6 +142,44 @@ def fill_disk(trainer: Trainer, folder: Path) -> dict[str, Any]:
     return {"messages": messages, "untouched": files(folder) == before != [], "leftovers": leftovers}
 
 
+def lose_storage(trainer: Trainer, folder: Path) -> dict[str, Any]:
+    """The URL fails while a checkpoint is copied to it: with more to come, in the last one, and no more."""
+    remote, away = folder / "remote", folder / "away"
+    facts: dict[str, Any] = {"before": sorted(os.listdir(remote))}
+    dist.barrier()
+    if trainer.rank == 0:
+        remote.rename(away)
+        remote.touch()
+    said = []
+    for last in (False, True):
+        try:
+            path = trainer.save(last)
+            said.append("")
+            facts["verify"] = verify(path)
+        except TrainingError as error:
+            said.append(str(error))
+    everyone: list[Any] = [None, None]
+    dist.all_gather_object(everyone, said)
+    facts |= {"said": everyone, "here": sorted(os.listdir(trainer.store.local))}
+    dist.barrier()
+    if trainer.rank == 0:
+        remote.unlink()
+        away.rename(remote)
+    dist.barrier()
+    facts["after"] = sorted(os.listdir(remote))
+    return facts
+
+
+def skip_and_resume(trainer: Trainer, config: TrainConfig) -> list[int]:
+    """How many iterations in a row were skipped, before a checkpoint and after."""
+    batch = as_batch(next(iter(trainer.loader)))
+    trainer.step([{name: value * math.nan if value.is_floating_point() else value for name, value in batch.items()}])
+    trainer.save()
+    again = Trainer(config, trainer.rank, trainer.world_size)
+    again.resume("latest")
+    return [trainer.skipped_in_a_row, again.skipped_in_a_row]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -165,6 +204,7 @@ def main() -> None:
             trainer.save()
             train(trainer, 1)
             report["disk"] = fill_disk(trainer, arguments.folder)
+            report["storage"] = lose_storage(trainer, arguments.folder)
             report["swap"] = swap(trainer, config)
         path = trainer.save()
         state = whole_state(trainer)
@@ -175,6 +215,8 @@ def main() -> None:
             saved = torch.load(path / "engine" / "zero_pp_rank_0_mp_rank_00_model_states.pt", weights_only=False)
             frozen = {name for name, p in trainer.engine.module.named_parameters() if not p.requires_grad}
             report["frozen"], report["frozen_saved"] = len(frozen), len(frozen & saved["module"].keys())
+        if arguments.stage == "more" and kind == "lora":
+            report["skipped"] = skip_and_resume(trainer, config)
         reports[kind] = report
     if rank == 0:
         reports["all"]["kept_remotely"] = sorted(os.listdir(arguments.folder / "remote"))

@@ -25,7 +25,7 @@ from piflow.training.data import build_loader
 from piflow.training.engine import leave_process, prepare_process
 from piflow.training.loop import Trainer
 from piflow.training.networks import as_batch
-from piflow.training.plan import LiveBytes
+from piflow.training.workload import LiveBytes
 
 ITERATIONS = 4  # the parameter trace is complete from the second on
 
@@ -96,7 +96,10 @@ def measure(config_file: Path, rank: int, world_size: int) -> dict[str, Any]:
     with LiveBytes(resident) as live:
         trainer.step([batches[-1]])
     standing = sum(n for key, n in storages(resident).items() if key not in before)
-    return {**items, "saved": sum(saved.values()), "gathered": gathered.peak, "peak": standing + live.peak}
+    items |= {"saved": sum(saved.values()), "gathered": gathered.peak, "peak": standing + live.peak}
+    with trainer.meter.iteration():
+        trainer.step([batches[0]])
+    return {**items, "communication": trainer.meter.collect()["time/communication"]}
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -18,15 +19,20 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+from deepspeed.utils import safe_get_full_grad
 from torch import Generator, Tensor
 
+from piflow.data.shards import Plan, ShardWriter
 from piflow.distillation import imitation_trajectory, teacher_ratio_at
+from piflow.training.calls import Batch
 from piflow.training.config import TrainConfig, load_config
 from piflow.training.data import build_loader, derive_seed
 from piflow.training.engine import build_optimizer, leave_process, prepare_process
+from piflow.training.errors import ConfigError
 from piflow.training.loop import NOISE_STREAM, Trainer
 from piflow.training.module import PiIDModule, build_module
-from piflow.training.networks import Batch, blocks_of, build_teacher
+from piflow.training.networks import blocks_of
+from piflow.training.teachers import build_teacher
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny"
 RECIPES = sorted(path.relative_to(TINY).with_suffix("").as_posix() for path in TINY.rglob("*.yaml"))
@@ -44,8 +50,12 @@ def make_config(folder: Path, recipe: str, **more: str) -> TrainConfig:
         "output_dir": folder / recipe, "iterations": ITERATIONS, "optimizer.warmup_iterations": 2,
         "optimizer.gradient_clipping": 1e-3, "optimizer.clipping_start_iteration": 1,
         "distillation.teacher_ratio_decay": 0 if recipe.startswith("imagenet") else 2,
-        "zero.max_reuse_distance": 10**9, **more,
+        "distillation.teacher_ratio": 0 if recipe.startswith("imagenet") else 1,
+        "ema.start_iteration": 1, "zero.max_reuse_distance": 10**9,
     }  # fmt: skip
+    if recipe in PARITY and not recipe.startswith("imagenet"):
+        settings["student.lora.dropout"] = 0  # whose draws a plain loop does not share
+    settings |= more
     return load_config(TINY / f"{recipe}.yaml", [f"{key}={value}" for key, value in settings.items()])
 
 
@@ -55,8 +65,8 @@ def micro_loss(module: PiIDModule, config: TrainConfig, batch: Batch, iteration:
         return module(batch, iteration, generator)
     settings = config.distillation
     condition, null = module.calls.conditions(batch)
-    count, latents = len(next(iter(condition.values()))), torch.empty(1, *settings.latent_shape)
-    shape, size = module.calls.state(latents).shape[1:], tuple(settings.latent_shape[1:])
+    count, latents = len(next(iter(condition.values()))), torch.empty(1, *(settings.latent_shape or ()))
+    shape, size = module.calls.state(latents).shape[1:], (latents.shape[2], latents.shape[3])
     walk = imitation_trajectory(
         lambda x_src, source: module.policy(x_src, source, condition, size),
         module.teacher_velocity(condition, null, size),
@@ -74,7 +84,7 @@ def plain_loop(config: TrainConfig, batches: Batches) -> dict[str, Any]:
     module = build_module(config).to(torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
     optimizer = build_optimizer(module, config)
     trainable = [p for p in module.parameters() if p.requires_grad]
-    losses, norms = [], []
+    losses, norms, grads = [], [], {}
     for iteration in range(config.iterations):
         per_rank = []
         for rank, rank_batches in enumerate(batches):
@@ -83,6 +93,9 @@ def plain_loop(config: TrainConfig, batches: Batches) -> dict[str, Any]:
         loss = torch.stack(per_rank).mean()
         optimizer.zero_grad()
         loss.backward()
+        if iteration == 0:
+            named = [(name, p) for name, p in module.student.named_parameters() if p.requires_grad]
+            grads = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named}
         settings = config.optimizer
         limit = settings.gradient_clipping if iteration >= settings.clipping_start_iteration else math.inf
         norms.append(torch.nn.utils.clip_grad_norm_(trainable, limit).item())
@@ -90,7 +103,24 @@ def plain_loop(config: TrainConfig, batches: Batches) -> dict[str, Any]:
             group["lr"] = settings.learning_rate_at(iteration)
         optimizer.step()
         losses.append(loss.item())
-    return {"losses": losses, "norms": norms}
+    return {"losses": losses, "norms": norms, "gradients": grads}
+
+
+@contextmanager
+def gradients_of(trainer: Trainer) -> Iterator[dict[str, Tensor]]:
+    """The whole gradient {name: on the CPU} of each trained parameter at the optimiser step within; collective."""
+    grads: dict[str, Tensor] = {}
+    step = trainer.engine.step
+
+    def noting() -> None:
+        grads.update({name: safe_get_full_grad(p).cpu() for name, p in trainer.ema.parameters.items()})
+        step()
+
+    trainer.engine.step = noting
+    try:
+        yield grads
+    finally:
+        trainer.engine.step = step
 
 
 def read_batches(config: TrainConfig, world_size: int) -> Batches:
@@ -164,6 +194,33 @@ def check_resume(config: TrainConfig, rank: int, world_size: int) -> dict[str, A
     return report
 
 
+def check_refused(folder: Path, rank: int) -> list[list[str]]:
+    """What each rank says to a run that cannot be, whose teacher is damaged too: nobody got as far as to read it."""
+    teacher, prompts = folder / "damaged", folder / "prompts"
+    if rank == 0:
+        shutil.copytree(folder / "teacher", teacher)
+        writer = ShardWriter(
+            prompts, Plan(kind="prompts", items=2, shard_size=2, settings={}), ragged=["prompt_embeds"]
+        )
+        writer.write(0, [(place, {"prompt_embeds": torch.zeros(3, 24)}) for place in range(2)])
+        writer.finish()
+        for damaged in (next(teacher.glob("*.safetensors")), next(prompts.glob("*.safetensors"))):
+            damaged.write_bytes(damaged.read_bytes()[:-8])
+    dist.barrier()
+    settings = {"teacher.random": "null", "teacher.path": str(teacher)}
+    nothing_left = {"data.kind": "prompts", "data.path": str(prompts), "data.on_corrupt": "skip"}
+    said = []
+    for more in (nothing_left, {"output_dir": str(teacher / "config.json" / "run")}):
+        try:
+            Trainer(
+                make_config(folder, "qwen_image/gm_4nfe_data_free", **settings, **more), rank, dist.get_world_size()
+            )
+            raise AssertionError("a run that cannot be has started")
+        except ConfigError as error:
+            said.append(on_every_rank(str(error)))
+    return said
+
+
 def check_loaded(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
     """The same teacher from files as made at random: with LoRA, and trained whole."""
     random = make_config(folder, "qwen_image/gm_4nfe")
@@ -191,15 +248,14 @@ def check(config: TrainConfig, rank: int, world_size: int, compare: bool) -> dic
         trainer = Trainer(config, rank, world_size)
         seen["parameters"] = list(trainer.engine.module.parameters())
         before, average = fixed_weights(trainer), [s.clone() for s in trainer.ema.shadow.values()]
-        history = [trainer.step(batches[rank][0])[:2]]
+        with gradients_of(trainer) as gradients:
+            history = [trainer.step(batches[rank][0])[:2]]
         after_first = seen["invalidations"]
         history += [trainer.step(batches[rank][i])[:2] for i in range(1, config.iterations)]
     report["losses"], report["norms"] = zip(*history)
     report["invalidations"] = seen["invalidations"] - after_first
     coordinator = trainer.engine.optimizer.parameter_offload.get_param_coordinator()
     report["trace_complete"] = coordinator.is_complete_trace()
-    report["peak"] = seen["peak"]
-    report["block"] = max(sum(p.ds_numel for p in b.parameters()) for b in blocks_of(trainer.engine.module.student))
     master = {p.dtype for p in trainer.engine.optimizer.fp32_partitioned_groups_flat}
     report["dtypes"] = sorted({str(p.dtype) for p in trainer.engine.module.parameters()}), sorted(map(str, master))
     report["frozen_unchanged"] = all(torch.equal(a, b) for a, b in zip(before, fixed_weights(trainer)))
@@ -211,9 +267,34 @@ def check(config: TrainConfig, rank: int, world_size: int, compare: bool) -> dic
     if compare and rank == 0:
         expected = plain_loop(config, batches)
         report["expected_losses"], report["expected_norms"] = expected["losses"], expected["norms"]
+        report["gradient_errors"] = {
+            name: ((gradients[name] - grad).norm() / grad.norm().clamp(min=1e-6)).item()
+            for name, grad in expected["gradients"].items()
+        }
     dist.barrier()
     trainer.engine.destroy()
     return report
+
+
+def check_gathered(folder: Path, recipe: str, rank: int, world_size: int) -> dict[str, int]:
+    """The most parameters that are whole at once, with ZeRO-3's numbers in blocks as in the big recipes."""
+    config = make_config(folder, recipe, **DEEPER[recipe.partition("/")[0]])
+    block = max(sum(p.numel() for p in b.parameters()) for b in blocks_of(build_module(config, meta=True).student))
+    zero = {"max_reuse_distance": 0, "prefetch_bucket_size": block, "max_live_parameters": 2 * block}
+    more = {f"zero.{key}": str(value) for key, value in zero.items()}
+    config = make_config(
+        folder, recipe, output_dir=str(folder / "gathered"), **DEEPER[recipe.partition("/")[0]], **more
+    )
+    batches = read_batches(config, world_size)[rank]
+    with watched() as seen:
+        trainer = Trainer(config, rank, world_size)
+        seen["parameters"] = list(trainer.engine.module.parameters())
+        trainer.step(batches[0])
+        after_first = seen["invalidations"]
+        trainer.step(batches[1])
+    trainer.engine.destroy()
+    whole = sum(p.ds_numel for p in seen["parameters"])
+    return {"block": block, "peak": seen["peak"], "whole": whole, "invalidations": seen["invalidations"] - after_first}
 
 
 def main() -> None:
@@ -225,23 +306,28 @@ def main() -> None:
     report: dict[str, Any] = {}
     for recipe in RECIPES:
         report[recipe] = check(make_config(folder, recipe), rank, world_size, recipe in PARITY)
-    narrow = make_config(folder, "qwen_image/gm_4nfe", output_dir=str(folder / "gathered"), **NARROW)
-    report["gathered"] = check(narrow, rank, world_size, compare=False)
-    bfloat16 = make_config(folder, "flux/gm_4nfe", precision="bfloat16", output_dir=str(folder / "bfloat16"))
+    report["gathered"] = {recipe: check_gathered(folder, recipe, rank, world_size) for recipe in GATHERED}
+    low = {"precision": "bfloat16", "output_dir": str(folder / "bfloat16"), "student.lora.dropout": "0"}
+    bfloat16 = make_config(folder, "flux/gm_4nfe", **low)
     report["bfloat16"] = check(bfloat16, rank, world_size, compare=True)
-    again = {"output_dir": str(folder / "resumed"), "student.lora.dropout": "0.1"}
+    again = {"output_dir": str(folder / "resumed"), "precision": "bfloat16", "student.lora.dropout": "0.1"}
     report["resume"] = check_resume(make_config(folder, "qwen_image/gm_4nfe_data_free", **again), rank, world_size)
     report["loaded"] = check_loaded(folder, rank, world_size)
+    report["refused"] = check_refused(folder, rank)
     if rank == 0:
         (folder / "report.json").write_text(json.dumps(report))
     dist.barrier()
 
 
-NARROW = {
-    "teacher.random.num_layers": "6", "teacher.random.num_attention_heads": "4",
-    "zero.max_reuse_distance": "0", "zero.prefetch_bucket_size": "152000", "zero.max_live_parameters": "304000",
+GATHERED = ("imagenet/dit_2nfe", "flux/gm_4nfe", "flux2/gm_4nfe", "qwen_image/gm_4nfe_data_free")
+"""Recipes of which the gathered parameters are counted."""
+LAYERS, WIDTH = {"teacher.random.num_layers": "6"}, {"teacher.random.num_attention_heads": "4"}
+DEEPER = {
+    "imagenet": LAYERS | WIDTH, "qwen_image": LAYERS | WIDTH,
+    "flux": {"teacher.random.num_layers": "3", "teacher.random.num_single_layers": "4"} | WIDTH,
+    "flux2": {"teacher.random.num_layers": "3", "teacher.random.num_single_layers": "4"} | WIDTH,
 }  # fmt: skip
-"""Blocks of about 150,000 parameters, gathered as in configs/qwen_image, whose blocks have 356 million."""
+"""Enough blocks, wide enough, that what is beside them is small."""
 
 
 if __name__ == "__main__":

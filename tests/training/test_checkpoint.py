@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -22,6 +24,7 @@ from piflow.training.checkpoint import (
     MANIFEST,
     CheckpointFolder,
     check_fits,
+    check_shared,
     find_checkpoint,
     random_states,
     restore_random_states,
@@ -33,6 +36,7 @@ from piflow.training.config import CheckpointConfig, OptimizerConfig, StudentCon
 from piflow.training.errors import CheckpointError, ConfigError, TrainingError
 from piflow.training.loop import _folder_problem
 from piflow.training.storage import Remote, RunFolder
+from tests.processes import time_limit
 
 CONFIG = TrainConfig.model_validate({"output_dir": "run", "iterations": 300})
 
@@ -190,7 +194,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert _folder_problem(RunFolder(tmp_path / "new" / "checkpoints")) is None
     assert str(tmp_path / "file") in (_folder_problem(RunFolder(tmp_path / "file" / "checkpoints")) or "")
-    assert list((tmp_path / "new" / "checkpoints").iterdir()) == []
+    assert not (tmp_path / "new").exists()
 
 
 # ---- which stay
@@ -240,36 +244,43 @@ def save_step(store: CheckpointFolder, iteration: int) -> None:
     unfinished = store.local / f"unfinished_step_{iteration:06d}"
     path = store.publish(unfinished, write_step(unfinished, iteration))
     store.upload(path)
+    store.prune_remote(path, [])
     store.prune(path, [])
 
 
+CHANGING = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate", "shutil.copyfile"}
+
+
+def killed_before(operation: int, action: Callable[[], Any]) -> bool:
+    """Act in a forked process that is gone before its n-th operation on files; whether it had so many."""
+    child = os.fork()
+    if child == 0:
+        left = operation
+
+        def audit(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal left
+            writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+            if writes or event in CHANGING:
+                if left == 0:
+                    os._exit(9)
+                left -= 1
+
+        sys.addaudithook(audit)
+        try:
+            action()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
 def test_killed_before_any_file_operation(tmp_path: Path) -> None:
-    """A forked process saves and prunes, and is gone before its n-th operation on files, for every n there is."""
-    changing = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate", "shutil.copyfile"}
     seen: set[str] = set()
     for n in range(1000):
         local, url = tmp_path / f"{n}" / "local", f"file://{tmp_path}/{n}/remote"
         store = CheckpointFolder(local, Remote(url), CheckpointConfig(keep=1))
         local.mkdir(parents=True)
         save_step(store, 1)
-        child = os.fork()
-        if child == 0:
-            left = n
-
-            def audit(event: str, arguments: tuple[Any, ...]) -> None:
-                nonlocal left
-                writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
-                if writes or event in changing:
-                    if left == 0:
-                        os._exit(9)
-                    left -= 1
-
-            sys.addaudithook(audit)
-            try:
-                save_step(store, 2)
-            finally:
-                os._exit(0)
-        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        killed = killed_before(n, lambda store=store: save_step(store, 2))  # type: ignore[misc]
 
         again = CheckpointFolder(local, Remote(url), CheckpointConfig(keep=1))
         again.clean()
@@ -290,6 +301,89 @@ def test_killed_before_any_file_operation(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / f"{n}")
     assert n > 25
     assert seen == {"step_000001", "step_000002"}
+
+
+@pytest.mark.parametrize("killed_again", [False, True])
+def test_killed_while_the_only_step_is_written_again(tmp_path: Path, killed_again: bool) -> None:
+    """It is moved aside for the new one, which may be killed in between, and so may the process that cleans up."""
+    for n in range(100):
+        store = CheckpointFolder(tmp_path / f"{n}")
+        store.local.mkdir()
+        save_step(store, 1)
+        killed = killed_before(n, lambda store=store: save_step(store, 1))  # type: ignore[misc]
+        for operation in range(4 if killed_again else 0):
+            killed_before(operation, store.clean)
+        store.clean()
+        assert store.find("auto") == (store.local / "step_000001", []), f"killed before operation {n}"
+        if not killed:
+            break
+    assert 8 < n < 99
+
+
+def test_what_is_whole_is_found_though_killed_before_it_was_pointed_to(tmp_path: Path) -> None:
+    """From the note `latest.next` on: one that a kill came after is gone on with, and not trained again."""
+    for n in range(100):
+        store = CheckpointFolder(tmp_path / f"{n}")
+        store.local.mkdir()
+        save_step(store, 1)
+        killed = killed_before(n, lambda store=store: save_step(store, 2))  # type: ignore[misc]
+        noted = (store.local / "latest.next").exists() or not killed
+        store.clean()
+        path, warnings = store.find("auto")
+        assert (path, warnings) == (store.local / f"step_{1 + noted:06d}", [])
+        assert (store.local / "latest").read_text() == f"step_{1 + noted:06d}"
+        assert {p.name for p in store.local.iterdir()} <= {"latest", "step_000001", "step_000002"}
+        if not killed:
+            break
+    assert 8 < n < 99
+
+
+@pytest.mark.parametrize("text", ["", "step_000", "..", "step_000300"])
+def test_a_note_that_names_nothing_is_dropped(folder: Path, text: str) -> None:
+    (folder / "latest.next").write_text(text)
+    CheckpointFolder(folder).clean()
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step_000100", "step_000200"]
+    assert find_checkpoint(folder, "auto") == (folder / "step_000200", [])
+
+
+def test_one_resumed_from_stays_however_its_path_is_spelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "run", target_is_directory=True)
+    store = CheckpointFolder(tmp_path / "run", config=CheckpointConfig(keep=1))
+    for spelled in ("run/step_000001", "./link/../run/step_000001", "link/step_000001"):
+        save_step(store, 1)
+        unfinished = store.local / "unfinished_step_000002"
+        path = store.publish(unfinished, write_step(unfinished, 2))
+        store.prune(path, [Path(spelled)])
+        assert verify(tmp_path / "run" / "step_000001") is None
+
+
+def look_on_rank(rank: int, folder: Path, results: Any) -> None:
+    """One of two processes, that have a folder in common and one each."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    said = []
+    for mine in (folder / "common", folder / f"rank_{rank}"):
+        try:
+            check_shared(mine)
+            said.append("")
+        except CheckpointError as error:
+            said.append(str(error))
+    results[rank] = said
+    dist.destroy_process_group()
+
+
+def test_a_folder_that_not_all_machines_see_is_refused(tmp_path: Path) -> None:
+    for name in ("common", "rank_0", "rank_1"):
+        (tmp_path / name).mkdir()
+    with torch.multiprocessing.Manager() as manager, time_limit(100):
+        results = manager.dict()
+        torch.multiprocessing.spawn(look_on_rank, (tmp_path, results), nprocs=2)
+        first, second = results[0], results[1]
+    assert first[0] == second[0] == ""
+    for said in (first[1], second[1]):
+        assert said.startswith("rank 1: does not see what rank 0 writes into ")
+        assert "set output_dir or directories.checkpoints to one" in said
+    assert not list(tmp_path.glob("*/*"))
 
 
 # ---- at a URL

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from piflow.cli import app
 from piflow.training.config import load_config
 from piflow.training.errors import ConfigError
 
@@ -87,6 +89,33 @@ def test_warm_up() -> None:
     assert [optimizer.learning_rate_at(i) for i in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
+def test_a_section_that_is_given_twice(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("output_dir: out\niterations: 10\nema: {gamma: 3}\nseed: 1\nema: {start_iteration: 5}\n")
+    with pytest.raises(ConfigError, match=r"`ema` is given twice in one section, again.*line 5"):
+        load_config(bad)
+
+
+def test_an_override_goes_into_a_section_that_is_off(config_file: Path) -> None:
+    config_file.write_text(config_file.read_text() + "logging: {wandb: null}\n")
+    wandb = load_config(config_file, ["logging.wandb.project=few-steps", "logging.wandb.mode=offline"]).logging.wandb
+    assert wandb is not None
+    assert (wandb.project, wandb.mode) == ("few-steps", "offline")
+
+
+def test_a_dry_run_speaks_of_the_processes_asked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe, out = str(TINY / "qwen_image" / "gm_4nfe.yaml"), f"output_dir={tmp_path / 'out'}"
+    wanted = [recipe, out, "optimizer.learning_rate=3e-4", "--dry-run", "--processes", "4"]
+    result = CliRunner().invoke(app, ["train", *wanted])
+    assert result.exit_code == 0
+    said = result.output + capsys.readouterr().out
+    assert "# batch: 4 = 1 x 4 process(es) x 1 in turn" in said
+    assert "# memory of each of 4 process(es)" in said
+    assert "# trainable: 46,097 parameters" in said
+    assert "  learning_rate: 0.0003\n" in said
+    assert not (tmp_path / "out").exists()
+
+
 TINY = CONFIGS_ROOT / "tiny"
 
 
@@ -160,6 +189,10 @@ def test_recipes_have_the_papers_settings() -> None:
         assert (config.batch_size, config.optimizer.learning_rate) == (4096, 5e-5)
         assert (config.student.num_gaussians, config.distillation.policy_dropout) == (32, 0.05)
         assert (config.distillation.guidance_scale, config.distillation.guidance_interval) == (3.2, (0.0, 0.7))
+        assert (config.distillation.teacher_ratio, config.distillation.loss_scale) == (0, 3)
+        assert config.iterations == {1: 140_000, 2: 24_000}[config.distillation.nfe]
+        optimizer, start = config.optimizer, config.ema.start_iteration
+        assert (optimizer.warmup_iterations, optimizer.clipping_start_iteration, start) == (400, 400, 400)
     for family, iterations, states in (("flux", 3000, 4), ("flux2", 3000, 4), ("qwen_image", 9000, 2)):
         for path in (CONFIGS_ROOT / family).glob("*.yaml"):
             config = load_config(path)
@@ -170,7 +203,11 @@ def test_recipes_have_the_papers_settings() -> None:
             assert (distillation.shift, distillation.final_step_size_scale) == (3.2, 0.5)
             assert (distillation.window_substeps, distillation.total_substeps) == (3, 128)
             assert distillation.policy_dropout == (0.1 if config.student.policy == "gm" else 0)
-            assert distillation.teacher_ratio_decay == 2000
+            decay = (distillation.teacher_ratio, distillation.teacher_ratio_decay)
+            assert decay == ((0, 0) if family == "qwen_image" else (1, 2000))
+            assert (distillation.loss_scale, config.optimizer.gradient_clipping, lora.dropout) == (30, 50, 0.05)
+            optimizer, start = config.optimizer, config.ema.start_iteration
+            assert (optimizer.warmup_iterations, optimizer.clipping_start_iteration, start) == (100, 100, 100)
             assert config.student.num_gaussians == 8
             assert distillation.nfe == int(path.stem.split("_")[1].removesuffix("nfe"))
             assert distillation.data_free == path.stem.endswith("data_free")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -25,7 +27,7 @@ from piflow.training.data import (
     derive_seed,
     describe_data,
 )
-from piflow.training.errors import ConfigError
+from piflow.training.errors import ConfigError, TrainingError
 from piflow.training.signals import STOP_SIGNALS
 from tests.processes import time_limit
 
@@ -86,6 +88,18 @@ def test_workers_outlive_stop_signals() -> None:
     for (images, labels), read in zip(expected, [first, *islice(batches, 11)]):
         assert torch.equal(images, read[0])
         assert torch.equal(labels, read[1])
+
+
+def test_an_error_ends_a_process_that_has_workers() -> None:
+    """They outlive SIGTERM, which the interpreter sends them at its end: it would wait for them for ever."""
+    script = (
+        "from piflow.training.config import DataConfig\nfrom piflow.training.data import build_loader\n"
+        "batches = iter(build_loader(DataConfig(workers=2), 3, 4, 0, 0, 1))\nnext(batches)\n"
+        "raise RuntimeError('in a step')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("RuntimeError: in a step")
 
 
 def test_empty_dataset() -> None:
@@ -209,7 +223,7 @@ def test_captions_belong_to_their_images(cached: dict[str, DataConfig]) -> None:
     assert describe_data(cached["both"]) == DataFormat((4, 2, 2), 7, 4, 3, 2)
 
 
-@pytest.mark.parametrize("how", ["truncated", "changed"])
+@pytest.mark.parametrize("how", ["truncated", "header", "changed"])
 def test_a_damaged_shard_is_named_or_left_out(
     how: str, cached: dict[str, DataConfig], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -217,24 +231,44 @@ def test_a_damaged_shard_is_named_or_left_out(
     assert folder is not None
     shard = folder / "shard-00000.safetensors"
     content = shard.read_bytes()
-    shard.write_bytes(content[:-1] if how == "truncated" else content[:-1] + b"x")
-    verify = "size" if how == "truncated" else "hash"
+    verify = "hash" if how == "changed" else "size"
     fatal = config(kind="prompts", path=folder, verify=verify)
-    problem = f"{shard} has {f'{len(content) - 1} bytes, not {len(content)}' if how == 'truncated' else 'another'}"
+    damaged, said = {
+        "truncated": (content[:-1], f"has {len(content) - 1} bytes, not {len(content)}"),
+        "header": (content[:4] + b"x" * 20 + content[24:], "begins otherwise than was written"),
+        "changed": (content[:-1] + b"x", "has another content than was written"),
+    }[how]
+    shard.write_bytes(damaged)
+    problem = f"{shard} {said}"
     with pytest.raises(ConfigError) as error:
         build_loader(fatal, 3, 4, 0, 0, 1)
     assert str(error.value).startswith(f"The data cannot be used: {problem}")
-    again = "the same arguments again" if how == "truncated" else "the same arguments and --verify hash again"
+    again = "the same arguments and --verify hash again" if how == "changed" else "the same arguments again"
     assert f"Run `piflow cache-prompts` with {again}" in str(error.value)
     assert str(error.value).endswith("Or set data.on_corrupt=skip to go on without.")
-    if how == "truncated":
-        with pytest.raises(ConfigError, match=r"has .* bytes, not"):
+    if how != "changed":
+        with pytest.raises(ConfigError, match=said):
             describe_data(fatal)
     skip = config(kind="prompts", path=folder, verify=verify, on_corrupt="skip")
     seen = {int(s["pooled"][0]) for batch in read(skip, 0, 3) for s in unpadded(batch)}
     assert seen == set(range(15, 30))
     assert problem in caplog.text
     describe_data(skip)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_goes_bad_during_the_run_is_named(workers: int, cached: dict[str, DataConfig]) -> None:
+    data = cached["prompts"].model_copy(update={"workers": workers})
+    loader = build_loader(data, 3, 4, 0, 0, 1)
+    shard = data.path / "shard-00001.safetensors"  # type: ignore[operator]
+    shard.write_bytes(shard.read_bytes()[:20])
+    with time_limit(60), pytest.raises(TrainingError) as error:
+        for _ in islice(loader, 20):
+            pass
+    said = str(error.value)
+    assert said.startswith(f"The data cannot be read any more: {shard} cannot be read: ")
+    assert said.endswith("Then run the same command again: it goes on from the last checkpoint.")
+    assert "Traceback" not in said
 
 
 def test_data_that_are_not_there(tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 from piflow.cli import app
+from piflow.training.advice import with_values
 from piflow.training.config import TrainConfig, load_config
 from piflow.training.errors import ConfigError
 from piflow.training.launch import launch_module
-from piflow.training.plan import LiveBytes, memory_plan
+from piflow.training.plan import Plan, memory_plan, with_published_size
+from piflow.training.workload import LiveBytes
 from tests.processes import no_shared_memory_left, time_limit
 
 WIDE_DIT = {
@@ -91,6 +93,7 @@ def test_planned_bytes_are_those_of_the_runs(tmp_path: Path) -> None:
         for rank in ranks:
             measured = rank[name]
             assert planned["activations"] > plan.work.held
+            assert 0 < measured["communication"] < 60
             assert plan.work.held == pytest.approx(measured["saved"], rel=0.15)
             assert planned["gathered"] == pytest.approx(measured["gathered"], rel=0.15)
             assert plan.peak == pytest.approx(measured["peak"], rel=0.15)
@@ -137,6 +140,61 @@ def test_what_does_not_fit_gets_advice_that_fits() -> None:
     assert any(change.startswith("4 GPUs: ") for change in tight.changes)
     saved = [float(change.split(": ")[1].split(" GB")[0]) for change in tight.changes if change.endswith(", fits")]
     assert saved == sorted(saved, reverse=True)
+    for change in tight.changes:
+        assert follow(config, change, whole.needed - 1).fits == change.endswith(", fits")
+
+    least = min(follow(config, change, 1e12).needed for change in tight.changes)
+    first, *alone = memory_plan(config, 2, least - 1).changes
+    assert follow(config, first, least - 1).fits
+    assert first.endswith(", fits")
+    assert len(first.split(": ")[0].split()) > 1
+    assert all(change.endswith("not enough alone") for change in alone)
+    hopeless = memory_plan(config, 2, 1.0).changes
+    assert all(change.endswith("not enough alone") for change in hopeless)
+
+
+def follow(config: TrainConfig, change: str, gpu_memory: float) -> Plan:
+    """The plan after doing what a line of advice says."""
+    gpus, values = 2, {}
+    for word in change.split(": ")[0].removesuffix(" GPUs").split():
+        name, found, value = word.partition("=")
+        if found:
+            values[name] = yaml.safe_load(value)
+        elif word != "on":
+            gpus = int(word)
+    return memory_plan(with_values(config, values), gpus, gpu_memory, advise=False)
+
+
+def test_the_batch_is_made_as_small_as_needed(tmp_path: Path) -> None:
+    write_configs(tmp_path)
+    config = load_config(tmp_path / "lora.yaml", ["batch_size=48", "batch_size_per_rank=12"])
+    third = memory_plan(with_values(config, {"batch_size_per_rank": 4}), 2, 1e12)
+    changes = memory_plan(config, 2, third.needed + 1).changes
+    assert any(change.startswith("batch_size_per_rank=4: ") and change.endswith("fits") for change in changes)
+
+
+@pytest.mark.parametrize("recipe", ["qwen_image/gm_4nfe", "flux/dx_8nfe", "flux2/gm_4nfe", "imagenet/dit_2nfe"])
+def test_a_run_is_planned_before_its_teacher_is_there(recipe: str) -> None:
+    config = load_config(Path(__file__).parents[2] / "configs" / f"{recipe}.yaml", ["teacher.path=nowhere"])
+    sized, note = with_published_size(config)
+    assert note.startswith("There is no teacher in nowhere: planned for a ")
+    assert sized.teacher.path is None
+    assert sized.teacher.random == ({"guidance_embeds": True} if "flux" in recipe else {})
+    assert with_published_size(sized) == (sized, "")
+
+
+def test_a_teacher_whose_files_are_there_is_read(tmp_path: Path) -> None:
+    raw = {**QWEN, "teacher": {"kind": "qwen_image", "path": str(tmp_path)}}
+    config = TrainConfig.model_validate(raw)
+    assert with_published_size(config) == (config, "")
+    with pytest.raises(ConfigError, match=r"no readable config\.json"):
+        memory_plan(config, 2, 80e9)
+
+
+@pytest.mark.parametrize(("gpus", "memory"), [(0, 80e9), (2, 0.0), (2, float("nan"))])
+def test_a_plan_without_gpus_or_memory_is_refused(tmp_path: Path, gpus: int, memory: float) -> None:
+    with pytest.raises(ConfigError, match="at least one GPU with some memory"):
+        memory_plan(variant(tmp_path), gpus, memory)
 
 
 def variant(folder: Path, **sections: Any) -> TrainConfig:
@@ -210,6 +268,10 @@ def test_the_command_prints_tables_and_json(tmp_path: Path) -> None:
     assert "GPUs" in tight.output
     larger = CliRunner().invoke(app, [*words, "80", "--json", "--size", "512"])
     assert json.loads(larger.stdout)["bytes"]["activations"] > 2 * content["bytes"]["activations"]
+    odd = CliRunner().invoke(app, [*words, "80", "--size", "500"])
+    assert "500 x 500 pixels do not divide into tokens: take a multiple of 16" in odd.stderr
+    bytes_not_gigabytes = CliRunner().invoke(app, [*words, "80000000000"])
+    assert bytes_not_gigabytes.exit_code == 2
     sized = CliRunner().invoke(app, ["plan", str(tmp_path / "wide.yaml"), *words[2:], "80", "--size", "64"])
     assert sized.exit_code == 2
     assert "has one image size" in sized.stderr

@@ -24,7 +24,7 @@ from piflow.models.export import export_checkpoint
 from piflow.training.launch import launch_module, launcher_environment
 from piflow.training.signals import ranks_below
 from tests.processes import no_shared_memory_left, time_limit
-from tests.training.recipe_checks import ITERATIONS, PARITY, RECIPES, TINY
+from tests.training.recipe_checks import GATHERED, ITERATIONS, PARITY, RECIPES, TINY
 
 pytestmark = pytest.mark.launcher
 
@@ -34,7 +34,7 @@ CONFIGS = TINY.parent
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("recipes")
-    with time_limit(400), no_shared_memory_left():
+    with time_limit(600), no_shared_memory_left():
         launch_module(["tests.training.recipe_checks", str(folder)], num_processes=2)
     return {"folder": folder, **json.loads((folder / "report.json").read_text())}
 
@@ -64,9 +64,17 @@ def test_loss_and_gradient_norm_equal_a_plain_loop(recipe: str, report: dict[str
     assert seen["norms"] == pytest.approx(seen["expected_norms"], rel=1e-6)
 
 
-def test_gathered_parameters_stay_below_two_and_a_half_blocks(report: dict[str, Any]) -> None:
-    seen = report["gathered"]
-    assert seen["block"] < seen["peak"] < 2.5 * seen["block"]
+@pytest.mark.parametrize("recipe", PARITY)
+def test_gradients_equal_those_of_a_plain_loop(recipe: str, report: dict[str, Any]) -> None:
+    errors = report[recipe]["gradient_errors"]
+    assert len(errors) > 10
+    assert max(errors.values()) < 1e-6
+
+
+@pytest.mark.parametrize("recipe", GATHERED)
+def test_gathered_parameters_stay_below_two_and_a_half_blocks(recipe: str, report: dict[str, Any]) -> None:
+    seen = report["gathered"][recipe]
+    assert seen["block"] < seen["peak"] < 2.5 * seen["block"] < seen["whole"] / 2
     assert seen["invalidations"] == 0
 
 
@@ -97,6 +105,12 @@ def test_a_teacher_from_files_is_the_same_run(report: dict[str, Any]) -> None:
     assert whole["losses"] == pytest.approx(whole["expected_losses"], rel=1e-6)
     assert whole["norms"] == pytest.approx(whole["expected_norms"], rel=1e-6)
     assert whole["frozen_unchanged"]
+
+
+def test_bad_data_and_folders_end_the_run_before_the_base_is_read(report: dict[str, Any]) -> None:
+    for said, expected in zip(report["refused"], ("holds no good shard", "Choose another output_dir"), strict=True):
+        assert said[0] == said[1]
+        assert expected in said[0]
 
 
 @pytest.mark.parametrize("recipe", ["flux/gm_4nfe", "flux2/gm_4nfe", "qwen_image/dx_4nfe"])

@@ -77,6 +77,20 @@ def test_a_full_disk_is_one_message_and_nothing_is_lost(reports: dict[str, Any])
     assert reports["first"]["all"]["verify"] is None  # with room again, the next one is written
 
 
+def test_a_url_that_fails_ends_only_the_last_save_and_nothing_is_lost(reports: dict[str, Any]) -> None:
+    storage = reports["first"]["all"]["storage"]
+    for first, second in storage["said"]:
+        assert first == ""
+        assert re.search(r"^file://\S+/remote cannot take a copy of \S+/step_000004: \w+", second)
+    assert storage["verify"] is None
+    assert storage["here"] == ["latest", "replaced_step_000004.1", "step_000003", "step_000004"]
+    assert storage["before"] == storage["after"] == ["latest", "step_000003"]
+
+
+def test_skipped_iterations_are_counted_on_after_a_resume(reports: dict[str, Any]) -> None:
+    assert reports["more"]["lora"]["skipped"] == [1, 1]
+
+
 @pytest.mark.parametrize("kind", ["all", "lora"])
 @pytest.mark.parametrize(("stage", "sizes"), [("fewer", (2, 1)), ("more", (1, 2))])
 def test_another_number_of_processes(reports: dict[str, Any], kind: str, stage: str, sizes: tuple[int, int]) -> None:
