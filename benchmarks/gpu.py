@@ -1,35 +1,32 @@
 """Everything that wants a GPU, in one command: correctness first, then benchmarks, then the launch table.
 
-    python -m benchmarks.gpu [--out DIR] [--only correctness benchmarks overhead table] [--shapes NAME ...] [--force]
+    python -m benchmarks.gpu [--out DIR] [--only correctness benchmarks overhead table] [--cases NAME ...] [--force]
 
 Stores correctness.json, benchmarks.json, overhead.json and launch_table.json under OUT/<name of the GPU>/, each with
-versions, driver and clocks; benchmarks after each shape. Correctness that fails ends the run before anything is timed,
-and a speed-up is never printed for a result that is wrong. TRITON_DEFAULT_FP_FUSION=0 checks the other setting of
-floating-point fusion. With TRITON_INTERPRET=1 and --device cpu, correctness runs on the interpreter.
+versions, driver and clocks; benchmarks (all suites of `benchmarks.run`) after each case. Correctness that fails ends
+the run before anything is timed. TRITON_DEFAULT_FP_FUSION=0 checks the other setting of floating-point fusion. With
+TRITON_INTERPRET=1 and --device cpu, correctness runs on the interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import gc
 import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
-from triton.testing import do_bench
 
 import piflow_kernels as pk
+from benchmarks import run
+from benchmarks.correctness import judge
 from benchmarks.launch_table import search
 from benchmarks.machine import machine
-from benchmarks.shapes import DX_SHAPES, GM_SHAPES, DXShape, GMShape, Work, dx_work, gm_work
 from tests.kernels.problems import (
     DX_LEAVES,
     GM_LEAVES,
@@ -39,10 +36,6 @@ from tests.kernels.problems import (
     in_single,
     values_and_gradients,
 )
-
-QUANTILES = (0.2, 0.5, 0.8)
-ROUNDS = 3
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Correctness
@@ -78,28 +71,16 @@ def dx_cases(device: str) -> Iterator[tuple[str, str, dict[str, Any], list[str],
 def compare(
     operator: str, problem: dict[str, Any], leaves: list[str], n_steps: int, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Errors of value and gradients relative to float64 and to the float32 textbook's; whether they are within bounds.
-
-    At most max(2 x the textbook's error, 4e-7 sqrt(N)) in maximum and RMS, gradients 5e-6 sqrt(N) or their dtype's ulp.
-    """
-    run = getattr(pk, operator)
-    actual = values_and_gradients(run, problem, leaves, backend="triton", **options)
-    again = values_and_gradients(run, problem, leaves, backend="triton", **options)
-    exact = values_and_gradients(run, in_double(problem), leaves, backend="reference", **options)
-    textbook = values_and_gradients(run, problem, leaves, backend="reference", **options)
-    errors, good = {}, all(torch.equal(a, b) for a, b in zip(actual, again))
-    for i, (name, a, e, t) in enumerate(zip(["value", *leaves], actual, exact, textbook)):
-        rounding = (4e-7 if i == 0 else max(torch.finfo(a.dtype).eps, 5e-6)) * max(n_steps, 1) ** 0.5
-        norms: dict[str, Callable[[Tensor], Tensor]] = {
-            "max": lambda x: x.abs().max(),
-            "rms": lambda x: x.square().mean().sqrt(),
-        }
-        for norm, of in norms.items():
-            scale = of(e).item() or 1.0
-            ours, theirs = of(a.double() - e).item() / scale, of(t.double() - e).item() / scale
-            errors[f"{name} {norm}"] = [ours, theirs]
-            good &= ours <= max(2 * theirs, rounding)
-    return {"passed": bool(good), "errors": errors}
+    """Errors of value and gradients relative to float64, and the float32 textbook's; whether they are within bounds."""
+    call = getattr(pk, operator)
+    actual = values_and_gradients(call, problem, leaves, backend="triton", **options)
+    again = values_and_gradients(call, problem, leaves, backend="triton", **options)
+    exact = values_and_gradients(call, in_double(problem), leaves, backend="reference", **options)
+    textbook = values_and_gradients(call, problem, leaves, backend="reference", **options)
+    repeated = all(torch.equal(a, b) for a, b in zip(actual, again))
+    verdict = judge(["value", *leaves], actual, exact, textbook, n_steps)
+    errors = {name: [ours, theirs] for name, (ours, theirs, _) in verdict.errors.items()}
+    return {"passed": repeated and verdict.within_bounds, "errors": errors}
 
 
 def graph_capture(device: str) -> bool:
@@ -173,141 +154,6 @@ def correctness(device: str) -> dict[str, Any]:
     return report
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Benchmarks
-
-
-def rates() -> dict[str, float]:
-    """Bytes a second as a copy moves them, multiply-adds and exponentials a second at the highest clock."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copied = 2 * source.numel() / (do_bench(lambda: target.copy_(source), return_mode="median") * 1e-3)
-    clock = float(re.sub(r"[^\d.]", "", machine().get("clocks.max.sm", "")) or 0) * 1e6
-    sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-    return {"bytes": copied, "multiply_adds": sms * 128 * clock, "exponentials": sms * 16 * clock}
-
-
-def captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-def differentiated(run: Callable[..., Tensor], problem: dict[str, Any], leaves: list[str]) -> Callable[[], Any]:
-    problem = {n: v.detach().clone().requires_grad_() if n in leaves else v for n, v in problem.items()}
-    cotangent = torch.randn_like(problem["x_start"])
-    return lambda: torch.autograd.grad(run(**problem), [problem[name] for name in leaves], cotangent)
-
-
-def peak_bytes(call: Callable[[], Any]) -> int:
-    """Allocated beyond what was there before."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def measure(candidates: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Milliseconds (20th, 50th, 80th percentile; caches flushed before each call), in turns, and peak memory."""
-    rounds: dict[str, list[list[float]]] = {name: [] for name in candidates}
-    for _ in range(ROUNDS):
-        for name, call in candidates.items():
-            rounds[name].append(do_bench(call, quantiles=list(QUANTILES)))
-    medians = {name: [sorted(values)[ROUNDS // 2] for values in zip(*rounds[name])] for name in candidates}
-    return {name: {"ms": medians[name], "peak_bytes": peak_bytes(call)} for name, call in candidates.items()}
-
-
-MOST_COMPILED = 40
-"""Substeps up to which torch.compile is measured: it unrolls the loop, and compiling 128 of them takes many minutes."""
-
-
-def compiled_reference(operator: Callable[..., Tensor], problem: dict[str, Any]) -> Callable[..., Tensor] | None:
-    """torch.compile of the textbook's loop for this very shape, compiled; None where that would take too long."""
-    if problem["sigmas"].shape[-1] - 1 > MOST_COMPILED:
-        return None
-
-    def reference(**arguments: Any) -> Tensor:
-        return operator(**arguments, backend="reference")
-
-    torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(reference, fullgraph=True, dynamic=False)
-    with torch.no_grad():
-        compiled(**problem)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    return compiled
-
-
-def benchmark(
-    name: str,
-    operator: Callable[..., Tensor],
-    problem: dict[str, Any],
-    leaves: list[str],
-    work: Work,
-    rate: dict[str, float],
-) -> dict[str, Any]:
-    runs: dict[str, Callable[..., Tensor]] = {
-        "reference": functools.partial(operator, backend="reference"),
-        "ours": functools.partial(operator, backend="triton"),
-    }
-    torch._dynamo.reset()
-    exact = operator(**in_double(problem), backend="reference")
-    compiled = compiled_reference(operator, problem)
-    if compiled is not None:
-        runs["torch.compile"] = compiled
-    with torch.no_grad():
-        errors = {key: ((run(**problem) - exact).abs().max() / exact.abs().max()).item() for key, run in runs.items()}
-    forward: dict[str, Callable[[], Any]] = {key: functools.partial(run, **problem) for key, run in runs.items()}
-    forward |= {"reference, CUDA graph": captured(forward["reference"]), "ours, CUDA graph": captured(forward["ours"])}
-    with torch.no_grad():
-        result: dict[str, Any] = {"errors": errors, "forward": measure(forward)}
-    both = {key: differentiated(runs[key], problem, leaves) for key in ("reference", "ours")}
-    del forward  # and the memory of the captured graphs
-    try:
-        result["forward and backward"] = measure(both)
-    except torch.cuda.OutOfMemoryError:  # the textbook keeps every substep's intermediates
-        del both["reference"]
-    if "reference" not in both:  # outside of the exception, whose traceback holds those
-        gc.collect()
-        torch.cuda.empty_cache()
-        result["forward and backward"] = measure(both)
-    floor = work.floor_seconds(
-        rate["bytes"], rate["multiply_adds"] or float("inf"), rate["exponentials"] or float("inf")
-    )
-    median = result["forward"]["ours, CUDA graph"]["ms"][1]
-    result |= {"floor_ms": floor * 1e3, "multiple_of_floor": median / (floor * 1e3), "work": vars(work)}
-    if errors["ours"] <= max(1e-5, 2 * errors["reference"]):
-        result["speedup"] = {
-            key: timing["ms"][1] / median for key, timing in result["forward"].items() if not key.startswith("ours")
-        }
-    print(name, f"{median * 1e3:.1f} us, {result['multiple_of_floor']:.2f} x its floor", result.get("speedup", "WRONG"))
-    return result
-
-
-SHAPES: dict[str, GMShape | DXShape] = {**GM_SHAPES, **DX_SHAPES}
-
-
-def benchmarks(names: Sequence[str], store: Callable[[dict[str, Any]], None]) -> None:
-    """Of the shapes of these names; what is measured is stored after each."""
-    rate = rates()
-    report: dict[str, Any] = {"rates": rate}
-    for name in names:
-        shape = SHAPES[name]
-        dtype = torch.bfloat16
-        problem: dict[str, Any] = dict(shape.problem(dtype, "cuda"))
-        operator: Callable[..., Tensor]
-        if isinstance(shape, GMShape):
-            leaves, work, operator = ["x_start", "means", "logweights"], gm_work(shape, dtype), pk.gm_rollout
-        else:
-            leaves, work, operator = ["x_start", "grid"], dx_work(shape, dtype), pk.dx_rollout
-        report[name] = benchmark(name, operator, problem, leaves, work, rate)
-        store(report)
-        torch.cuda.empty_cache()
-
-
 def overhead() -> dict[str, Any]:
     """Microseconds that the host spends on one call: many calls of a tiny problem, queued without waiting."""
     problem = in_single(gm_problem(batch=1, k=8, c=16, spatial=(4, 4), n_steps=4), torch.bfloat16, "cuda")
@@ -330,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help="parts to run")
-    parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=list(SHAPES), help="to benchmark")
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="to benchmark, such as qwen-image-1024")
     parser.add_argument("--force", action="store_true", help="go on where a check of correctness has failed")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: correctness, interpreted")
     options = parser.parse_args(arguments)
@@ -355,7 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not options.force:
                 return 1
     if "benchmarks" in options.only:
-        benchmarks(options.shapes, functools.partial(store, "benchmarks"))
+        words = ["--suite", "all", "--device", "cuda", "--json", str(folder / "benchmarks.json")]
+        run.main([*words, "--cases", *options.cases] if options.cases else words)
     if "overhead" in options.only:
         store("overhead", overhead())
     if "table" in options.only:

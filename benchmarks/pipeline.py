@@ -17,28 +17,39 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage
 from torch import Tensor, nn
 
+from benchmarks.candidates import Run
 from benchmarks.machine import machine
-from piflow.models import GMFluxTransformer2DModel, GMQwenImageTransformer2DModel
-from piflow.pipelines import PiFluxPipeline, PiQwenImagePipeline
+from benchmarks.operations import Case, Operation, candidates
+from benchmarks.shapes import FULL_DEPTH
+from piflow.models import (
+    GMDiTTransformer2DModelV2,
+    GMFlux2Transformer2DModel,
+    GMFluxTransformer2DModel,
+    GMQwenImageTransformer2DModel,
+)
+from piflow.pipelines import PiDiTPipeline, PiFlux2Pipeline, PiFluxPipeline, PiQwenImagePipeline
 from piflow.pipelines.schedules import PUBLISHED_SCHEDULE
 from piflow.pipelines.stand_ins import PolicyTransformer
+from piflow.policies import Policy
 from piflow.schedulers import FlowMapSDEScheduler
 
-FULL_DEPTH = {
-    "qwen-image": {"transformer_blocks": 60},
-    "flux": {"transformer_blocks": 19, "single_transformer_blocks": 38},
-}
-FLUX_VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512), "latent_channels": 16, "layers_per_block": 2, "norm_num_groups": 32,
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "sample_size": 1024,
-    "scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False,
+PUBLISHED = ("qwen-image", "flux")
+"""Those that `python -m benchmarks.pipeline` runs by default."""
+KL_VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+}  # fmt: skip
+FLUX_VAE: dict[str, Any] = KL_VAE | {
+    "latent_channels": 16, "sample_size": 1024, "scaling_factor": 0.3611, "shift_factor": 0.1159,
+    "use_quant_conv": False, "use_post_quant_conv": False,
 }  # fmt: skip
 
 
@@ -57,22 +68,33 @@ def build(model: str, blocks: int, device: str) -> tuple[Any, dict[str, Any]]:
     """A pipeline without text encoders, and the arguments of a call that stand in for a prompt."""
     scheduler = FlowMapSDEScheduler(**PUBLISHED_SCHEDULE)
     draw = torch.Generator().manual_seed(0)
+    double, single = blocks - blocks // 2, blocks // 2
+    no_text: dict[str, Any] = {"text_encoder": None, "tokenizer": None, "scheduler": scheduler}
 
     def embeds(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw).to(device, torch.bfloat16)
 
+    pipeline: Any
+    arguments: dict[str, Any]
     with default_dtype(torch.bfloat16):
         if model == "qwen-image":
-            parts: dict[str, Any] = {"transformer": GMQwenImageTransformer2DModel(num_layers=blocks)}
-            parts |= {"vae": AutoencoderKLQwenImage(), "text_encoder": None, "tokenizer": None}
-            pipeline = PiQwenImagePipeline(**parts, scheduler=scheduler)
+            network: Any = GMQwenImageTransformer2DModel(num_layers=blocks)
+            pipeline = PiQwenImagePipeline(transformer=network, vae=AutoencoderKLQwenImage(), **no_text)
             arguments = {"prompt_embeds": embeds(1, 128, 3584)}
-        else:
-            double, single = blocks - blocks // 2, blocks // 2
+        elif model == "flux":
             network = GMFluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True)
-            parts = {"transformer": network, "vae": AutoencoderKL(**FLUX_VAE), "text_encoder": None, "tokenizer": None}
-            pipeline = PiFluxPipeline(**parts, text_encoder_2=None, tokenizer_2=None, scheduler=scheduler)
+            no_text |= {"text_encoder_2": None, "tokenizer_2": None}
+            pipeline = PiFluxPipeline(transformer=network, vae=AutoencoderKL(**FLUX_VAE), **no_text)
             arguments = {"prompt_embeds": embeds(1, 512, 4096), "pooled_prompt_embeds": embeds(1, 768)}
+        elif model == "flux-2":
+            network = GMFlux2Transformer2DModel(num_layers=double, num_single_layers=single)
+            pipeline = PiFlux2Pipeline(transformer=network, vae=AutoencoderKLFlux2(), **no_text)
+            arguments = {"prompt_embeds": embeds(1, 512, 15360)}
+        else:
+            network = GMDiTTransformer2DModelV2(num_gaussians=32, num_layers=blocks)
+            scheduler = FlowMapSDEScheduler()
+            pipeline = PiDiTPipeline(transformer=network, vae=AutoencoderKL(**KL_VAE), scheduler=scheduler)
+            arguments = {"class_labels": [207]}
     pipeline.transformer.eval(), pipeline.vae.eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device), arguments
@@ -101,10 +123,34 @@ class Clock:
         return timed
 
 
-def measure(model: str, blocks: int, size: int, nfe: int, device: str) -> dict[str, Any]:
-    """One call, after one of a single step at the same size; what it took and how much memory."""
+@dataclass(frozen=True)
+class PolicyCall:
+    """What the pipeline asked of a policy in one step: `policy.integrate(x_src, *times)`."""
+
+    policy: Any
+    x_src: Tensor
+    times: tuple[Any, ...]
+
+
+def measure(
+    model: str,
+    blocks: int,
+    size: int,
+    nfe: int,
+    device: str,
+    asked: list[PolicyCall] | None = None,
+    decode: bool = True,
+) -> dict[str, Any]:
+    """One call, after one of a single step at the same size; what it took and how much memory.
+
+    asked: filled with what the pipeline asked of its policies. decode: whether the VAE makes an image of the latents.
+    """
     pipeline, arguments = build(model, blocks, device)
-    arguments |= {"height": size, "width": size, "generator": torch.Generator().manual_seed(0)}
+    arguments["generator"] = torch.Generator().manual_seed(0)
+    if model == "imagenet-dit-xl":
+        size = 8 * pipeline.transformer.config.sample_size
+    else:
+        arguments |= {"height": size, "width": size}
     pipeline(**arguments, num_inference_steps=1, output_type="latent")
 
     clock, network = Clock(device), pipeline.transformer
@@ -119,17 +165,19 @@ def measure(model: str, blocks: int, size: int, nfe: int, device: str) -> dict[s
     try:
         for owner, name, label in wrapped:
             setattr(owner, name, clock.wrap(label, getattr(owner, name)))
+        if asked is not None:
+            PolicyTransformer._destination = noting(asked, PolicyTransformer._destination)  # type: ignore[method-assign]
         start = clock.now()
-        image = pipeline(**arguments, num_inference_steps=nfe, output_type="pt").images
+        image = pipeline(**arguments, num_inference_steps=nfe, output_type="pt" if decode else "latent").images
         total = clock.now() - start
     finally:
         for owner, name, call in before:
             setattr(owner, name, call)
-    assert image.shape == (1, 3, size, size)
+    assert not decode or image.shape == (1, 3, size, size)
     assert image.isfinite().all()
 
     seconds = clock.seconds
-    deeper = sum(seconds[name] * (FULL_DEPTH[model][name] / len(layers) - 1) for name, layers in depth.items())
+    deeper = sum(seconds[name] * (FULL_DEPTH[model][name] / max(len(layers), 1) - 1) for name, layers in depth.items())
     peak = (
         torch.cuda.max_memory_allocated() if clock.on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
@@ -143,9 +191,71 @@ def measure(model: str, blocks: int, size: int, nfe: int, device: str) -> dict[s
     }  # fmt: skip
 
 
+def noting(asked: list[PolicyCall], destination: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def noted(self: PolicyTransformer, policy: Policy, x_src: Tensor) -> Tensor:
+        steps = self.steps
+        start, end = (raw_t[steps.index].expand(len(x_src)) for raw_t in (steps.raw_t_src, steps.raw_t_dst))
+        asked.append(PolicyCall(policy, x_src, (start, end, steps.noise_schedule, self.total_substeps, steps.seq_len)))
+        return destination(self, policy, x_src)
+
+    return noted
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As a suite of `benchmarks.run`
+
+
+def pipeline_case(model: str, device: str, tiny: bool) -> tuple[Case, list[dict[str, Any]]]:
+    """A pipeline's policies on the outputs of its own network, as an operation; and rows of the call's parts.
+
+    Without the VAE, which takes most of a call on a CPU: `python -m benchmarks.pipeline` has it.
+    """
+    asked: list[PolicyCall] = []
+    blocks = 28 if model == "imagenet-dit-xl" and not tiny else 2
+    size, nfe = (64, 2) if tiny else (1024, 4)
+    call = measure(model, blocks, size, nfe, device, asked, decode=False)
+    name = f"{model}-{call['size']}"
+    common: dict[str, Any] = {
+        "suite": "pipeline", "case": name, "device": device, "dtype": "bfloat16",
+        "pass": "forward", "candidate": "ours", "status": "ok", "rounds": 1,
+        "note": f"{blocks} blocks, {nfe} network evaluations",
+    }  # fmt: skip
+    rows = []
+    for part in PARTS:
+        seconds = call["seconds"][part]
+        row = common | {"operation": PARTS[part], "ms": dict.fromkeys(("p20", "p50", "p80"), seconds * 1e3)}
+        rows.append(row | {"call": call, "peak_bytes": call["peak_memory_bytes"]} if part == "total" else row)
+    return Case("pipeline", name, nfe, (lambda batch: policies_of(asked[:batch], device),)), rows
+
+
+PARTS = {"total": "call without VAE", "network": "network in it", "policy": "policies in it"}
+
+
+def policies_of(asked: list[PolicyCall], device: str) -> Operation:
+    """All policies of a call, one after the other: samples of the operation are the call's steps."""
+    parts = ("means", "logstds", "logweights")
+    problem = {"x_src": torch.cat([call.x_src for call in asked])}
+    problem |= {name: torch.cat([getattr(call.policy, name) for call in asked]) for name in parts}
+
+    def run(backend: Any) -> Run:
+        def destinations(**problem: Tensor) -> Tensor:
+            ends = []
+            for i, call in enumerate(asked[: len(problem["x_src"])]):
+                network = {name: value[i : i + 1] for name, value in problem.items()}
+                sigma_src = call.policy.sigma_src.to(network["x_src"].dtype)
+                policy = replace(call.policy, **network, sigma_src=sigma_src, backend=backend)
+                ends.append(policy.integrate(network["x_src"], *call.times))
+            return torch.cat(ends)
+
+        return destinations
+
+    substeps = asked[0].times[3]  # of all steps together
+    return Operation("policies of a call", substeps, problem, candidates(run, problem, ()))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=FULL_DEPTH, default=list(FULL_DEPTH))
+    parser.add_argument("--models", nargs="+", choices=FULL_DEPTH, default=list(PUBLISHED))
     parser.add_argument(
         "--blocks", type=int, default=2, help="transformer blocks of each network (default: %(default)s)"
     )
@@ -167,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         results.append(result := json.loads(done.stdout.splitlines()[-1]))
         parts = ", ".join(f"{name} {value:.2f} s" for name, value in result["seconds"].items())
-        print(f"{model}, {arguments.blocks} blocks, {arguments.size}^2, {arguments.nfe} NFE: {parts};")
+        print(f"{model}, {arguments.blocks} blocks, {result['size']}^2, {arguments.nfe} NFE: {parts};")
         share, full = result["policy_share_at_full_depth"], result["network_seconds_at_full_depth"]
         print(f"    policy {share:.3%} of the network at full depth ({full:.0f} s)")
         print(f"    peak memory {result['peak_memory_bytes'] / 2**30:.1f} GiB")
