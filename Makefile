@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 QUANTIZATION := $(VENV)/quantization
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check test-long bench gpu lint clean
+.PHONY: help setup browser demo paper paper-full test check test-long bench docs gpu lint clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -27,23 +27,41 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 demo: setup ## distil the digits teacher with pi-ID on ZeRO-3, sample, measure: report and pictures in outputs/digits
 	$(BIN)/python -m piflow.digits.demo --out outputs/digits
 
+paper: setup ## the paper's claims in small: a core of trainings on digits, tables and plots (at most 45 minutes)
+	$(BIN)/python -m benchmarks.paper core
+
+paper-full: setup ## all of its cells; hours, and it goes on where it was stopped
+	$(BIN)/python -m benchmarks.paper full
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint ## lint, types and the fast tests
+check: lint browser ## lint, types and the fast tests
 	$(BIN)/python -m pytest -m "not launcher and not slow and not long"
 
-test: lint ## lint, types and the whole test suite
+# The web demo is tested in a real browser.
+browser: setup
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	else $(BIN)/playwright install chromium; fi
+
+test: lint browser ## lint, types and the whole test suite
 	$(BIN)/python -m pytest -m "not long"
 
-test-long: lint ## also the long trials
+test-long: lint browser ## also the long trials
 	$(BIN)/python -m pytest
 
-bench: setup ## CPU benchmarks against their peers; run on a quiet machine
+bench: setup ## CPU benchmarks against their peers, on a quiet machine; then the tables of README and docs
 	@mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/cpu.json
+	$(BIN)/python -m benchmarks.run --suite all --device cpu
+	$(BIN)/python -m benchmarks.report
+
+docs: setup ## the documentation as a site in outputs/site; links and references are checked
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q docs outputs/site
 
 gpu: setup ## on a machine with a GPU: correctness, benchmarks, launch table, into benchmarks/results/<gpu>
 	$(BIN)/python -m benchmarks.gpu

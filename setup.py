@@ -1,9 +1,11 @@
 """Package metadata; build and tool settings live in pyproject.toml."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "piflow" / "__init__.py").read_text())[1]
@@ -27,10 +29,12 @@ TRAINING = [
     "rich>=13",
     "tensorboard>=2.18",
 ]
+DATA = ["datasets>=4"]  # only where prompts come from a Hugging Face dataset, CSV or Parquet
 WANDB = ["wandb>=0.31,<0.32"]  # only where `logging.wandb` is set
-EVALUATION = [*DIFFUSERS, "scikit-learn>=1.5", "scipy>=1.13", "matplotlib>=3.9", "rich>=13"]
+EVALUATION = [*DIFFUSERS, "numpy", "pydantic>=2.10", "scikit-learn>=1.5", "scipy>=1.13", "matplotlib>=3.9", "rich>=13"]
 QUANTIZATION = ["bitsandbytes>=0.50", "torchao>=0.18", "gguf>=0.19"]  # bases only; installed, they slow every import
-APPS = [*DIFFUSERS, "rich>=13"]
+APPS = [*DIFFUSERS, "gradio>=6.31,<7", "rich>=13"]
+DOCS = ["sphinx>=9", "myst-parser>=5", "furo>=2025.9"]
 DEVELOPMENT = [
     "numpy",
     "pytest>=9",
@@ -40,7 +44,18 @@ DEVELOPMENT = [
     "mypy>=2",
     "types-PyYAML",
     "kernels>=0.17,<0.18",
+    "playwright>=1.60",  # drives the web demo in a real browser
 ]
+
+
+class BuildWithConfigs(build_py):
+    """The recipes go along into the wheel as piflow/configs, so that `piflow demo` needs no checkout."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(HERE / "configs", Path(self.build_lib, "piflow", "configs"), dirs_exist_ok=True)
+
 
 setup(
     name="piflow",
@@ -60,13 +75,16 @@ setup(
     extras_require={
         "diffusers": DIFFUSERS,
         "training": TRAINING,
+        "data": DATA,
         "wandb": WANDB,
         "evaluation": EVALUATION,
         "apps": APPS,
         "quantization": QUANTIZATION,
+        "docs": DOCS,
         "dev": DEVELOPMENT,
-        "all": sorted({*TRAINING, *WANDB, *EVALUATION, *APPS, *DEVELOPMENT}),
+        "all": sorted({*TRAINING, *DATA, *WANDB, *EVALUATION, *APPS, *DOCS, *DEVELOPMENT}),
     },
+    cmdclass={"build_py": BuildWithConfigs},
     entry_points={"console_scripts": ["piflow=piflow.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3.11",

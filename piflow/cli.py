@@ -1,100 +1,123 @@
-"""The `piflow` command. Each sub-command is one function here, which imports what it needs when it is called."""
+"""The `piflow` command. Each sub-command is one function of `piflow.commands`, which imports what it needs when called.
+
+Exit codes: 0 done; 1 it could not be done, or the answer is no (`plan`: does not fit, `doctor`: not well, `demo`: a bar
+is missed); 2 a command line or configuration that cannot be used; 3 a checkpoint that is missing or damaged; 128 + n
+stopped by signal n, so 130 after Ctrl-C.
+"""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Annotated, Any
 
 try:
     import typer
 except ModuleNotFoundError as missing:
-    sys.exit(
-        f"piflow: the command needs the package {missing.name}, the operators do not: pip install 'piflow[diffusers]'."
-    )
+    from piflow.commands.bare import main as bare_main
 
+    sys.exit(bare_main(sys.argv[1:], missing.name))
+
+import piflow
+from piflow.commands.app import app as web_demo
 from piflow.commands.cache import cache_latents, cache_prompts
+from piflow.commands.demo import demo
+from piflow.commands.doctor import doctor
+from piflow.commands.evaluate import evaluate
+from piflow.commands.export import export
+from piflow.commands.inspect import inspect
 from piflow.commands.plan import plan
+from piflow.commands.sample import sample
 from piflow.commands.train import train
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+IMAGES, STUDENTS, MACHINE = "Images", "Students", "Files and machine"
+EXIT_CODES = "Exit codes: 0 done, 1 not done, 2 wrong usage or configuration, 3 bad checkpoint, 130 interrupted."
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 
-@app.callback()
-def piflow() -> None:
-    """pi-Flow: few-step generation with policies (arXiv 2510.14974)."""
+def add(command: Callable[..., Any], panel: str, *examples: str) -> None:
+    """Register a sub-command under its function's name, with command lines as examples below its help."""
+    words = "Example" if len(examples) == 1 else "Examples"
+    app.command(rich_help_panel=panel, epilog="\n\n".join([f"{words}:", *examples]))(command)
 
 
-@app.command()
-def export(
-    ckpt: Annotated[Path, typer.Option(help="Checkpoint or output folder of a training, or a saved student's folder.")],
-    out_dir: Annotated[Path, typer.Option(help="Folder to write, in the published format.")],
-    ema: Annotated[
-        bool,
-        typer.Option(
-            "--ema/--no-ema",
-            help="The averaged weights, or the raw ones, which are pickled: --allow-pickle too.",
-        ),
-    ] = True,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read pickled files, of a run that you trust.")
+def show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"piflow {piflow.__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog=EXIT_CODES)
+def of_all_commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
     ] = False,
-    policy_config: Annotated[
-        str | None, typer.Option(help='JSON for the weights\' metadata, such as \'{"type": "GMFlow"}\'.')
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> None:
-    """Write the student of a checkpoint as a folder that this library and diffusers read."""
-    with told():
-        from piflow.models.export import export_checkpoint
+    """pi-Flow: few-step generation with policies (arXiv 2510.14974).
 
-        policy = None if policy_config is None else json_object("--policy-config", policy_config)
-        folder = export_checkpoint(
-            ckpt, out_dir, ema=ema, allow_pickle=allow_pickle, policy_config=policy, overwrite=overwrite
-        )
-        typer.echo(f"{'averaged' if ema else 'raw'} student written to {folder}")
+    `piflow COMMAND --help` explains a command and gives an example.
+    """
 
 
-app.command()(cache_prompts)
-app.command()(cache_latents)
-app.command()(plan)
-app.command()(train)
-
-
-def json_object(option: str, text: str) -> dict[str, Any]:
-    """What an option holds as JSON. Raises ValueError that names the option."""
-    try:
-        content = json.loads(text)
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{option}: expected a JSON object, got {text}")
-    return content
-
-
-@contextmanager
-def told() -> Iterator[None]:
-    """Errors that are the person's to mend end the command with one message, and not with a traceback."""
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not hasattr(error, "exit_code"):
-            raise
-        print(f"piflow: {error}", file=sys.stderr)
-        raise typer.Exit(getattr(error, "exit_code", 1)) from error
+add(
+    sample,
+    IMAGES,
+    "piflow sample digits --class 0-9 --seed 0-3",
+    "piflow sample Qwen/Qwen-Image --adapter Lakonik/pi-Qwen-Image --subfolder gmqwen_k8_piid_4step "
+    "--prompt 'a bookshop window at dusk' --size 1664x928",
+)
+add(
+    web_demo,
+    IMAGES,
+    "piflow app",
+    "piflow app --flux black-forest-labs/FLUX.1-dev Lakonik/pi-FLUX.1/gmflux_k8_piid_4step",
+)
+add(demo, IMAGES, "piflow demo --out outputs/digits")
+add(
+    train,
+    STUDENTS,
+    "piflow train configs/digits/nfe4.yaml iterations=300 --processes 2",
+    "piflow train configs/qwen_image/gm_4nfe_data_free.yaml --dry-run",
+)
+add(plan, STUDENTS, "piflow plan configs/qwen_image/gm_4nfe_data_free.yaml --gpus 8 --gpu-memory 80")
+add(export, STUDENTS, "piflow export --ckpt outputs/train/qwen-image-gm-4nfe-data-free --out-dir my-adapter")
+add(
+    evaluate,
+    STUDENTS,
+    "piflow evaluate outputs/digits/nfe4/student --teacher digits:teacher --reference digits:data --features digits",
+    "piflow evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz --inception inception.pth",
+)
+add(cache_prompts, STUDENTS, "piflow cache-prompts prompts.txt --out data/prompts --model models/Qwen-Image")
+add(cache_latents, STUDENTS, "piflow cache-latents images/ --out data/latents --vae models/Qwen-Image --size 512")
+add(inspect, MACHINE, "piflow inspect my-adapter", "piflow inspect outputs/digits/nfe4 --json")
+add(doctor, MACHINE, "piflow doctor --json")
 
 
 def main() -> None:
     """Entry point of the `piflow` command."""
     try:
-        app()
+        app(prog_name="piflow")
     except ModuleNotFoundError as missing:
-        sys.exit(
-            f"piflow: this needs the package {missing.name}: pip install 'piflow[training]' has all that commands use."
-        )
+        from piflow.commands.diagnosis import extra_with
+
+        extra = extra_with(missing.name or "")
+        sys.exit(f"piflow: this needs the package {missing.name}: pip install 'piflow[{extra}]' has it.")
+    except KeyboardInterrupt:  # before or after the command itself
+        sys.exit(130)
+    finally:
+        _flush()
+
+
+def _flush() -> None:
+    """A reader that has gone away, as `head` does, is no error worth Python's words at the exit."""
+    with contextlib.suppress(OSError):
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

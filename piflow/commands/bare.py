@@ -1,0 +1,27 @@
+"""The `piflow` command where only the operators are installed: `doctor` and `--version` work, all else says why not."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import piflow
+
+
+def main(arguments: list[str], missing: str | None) -> int:
+    """The exit code of `piflow ARGUMENTS` without the package `missing`."""
+    if arguments == ["--version"]:
+        print(f"piflow {piflow.__version__}")
+        return 0
+    if arguments not in (["doctor"], ["doctor", "--json"]):
+        print(
+            f"piflow: the command needs the package {missing}, the operators do not: pip install 'piflow[diffusers]'. "
+            "Until then `piflow doctor [--json]` tells what is here and what is missing.",
+            file=sys.stderr,
+        )
+        return 1
+    from piflow.commands.diagnosis import as_lines, available_devices, diagnose
+
+    report = diagnose(available_devices())
+    print(json.dumps(report, indent=1) if "--json" in arguments else "\n".join(as_lines(report)))
+    return 0 if report["ok"] else 1
