@@ -39,20 +39,6 @@ def example(name: str) -> ModuleType:
     return module
 
 
-def test_none_is_forgotten() -> None:
-    names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {
-        "dit_digits",
-        "dx_flux",
-        "dx_qwen",
-        "gm_flux",
-        "gm_flux2",
-        "gm_qwen",
-        "kandinsky6",
-        "style_lora",
-    }
-
-
 @pytest.fixture(scope="module")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen-Image of the size that the reference's adapter was made for, as diffusers saves it."""
