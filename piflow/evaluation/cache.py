@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 from piflow.data.shards import write_whole
 
 DIGITS = 20  # of the hash, in the folder's name
+ABANDONED = 600  # seconds after which nobody is still writing a shard
 
 
 class FeatureCache:
@@ -55,8 +57,9 @@ class FeatureCache:
 
     def write(self, number: int, tensors: dict[str, Tensor]) -> None:
         """Write shard `number`; it is there whole or not at all."""
-        for partial in self.folder.glob(f".{self._path(number).name}.*.partial"):  # of a process that was killed here
-            partial.unlink(missing_ok=True)
+        for partial in self.folder.glob(f".{self._path(number).name}.*.partial"):
+            if _age(partial) > ABANDONED:  # by a process that was killed; another may be writing the same shard now
+                partial.unlink(missing_ok=True)
         write_whole(self._path(number), save(tensors, {"settings": self.hash}))
 
     def shards(self, field: str) -> Iterator[Tensor]:
@@ -76,3 +79,10 @@ class FeatureCache:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.safetensors"
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:  # finished in between
+        return 0.0

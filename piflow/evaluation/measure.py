@@ -250,7 +250,7 @@ NEEDS: dict[str, tuple[Callable[[Measured, Extractor], bool], str]] = {
     ),
 }
 INCEPTION_NAMES = {"frechet": "fid", "mmd_polynomial": "kid", "classifier_score": "inception_score"}
-LOWER, HIGHER, NEITHER = "lower", "higher", ""
+LOWER, HIGHER, NEARER_ONE, NEITHER = "lower", "higher", "nearer to 1", ""
 METRICS: dict[str, Metric] = {
     "frechet": Metric("Fréchet distance to the reference", LOWER, ("distribution",), _frechet),
     "mmd_polynomial": Metric(
@@ -303,7 +303,9 @@ METRICS: dict[str, Metric] = {
     "diversity_of_teacher": Metric(
         "the same of the teacher's samples", NEITHER, ("teacher",), lambda run: _diversity(_there(run.teacher))
     ),
-    "diversity_ratio": Metric("diversity over the teacher's, class by class", HIGHER, ("teacher",), _diversity_ratio),
+    "diversity_ratio": Metric(
+        "diversity over the teacher's, class by class", NEARER_ONE, ("teacher",), _diversity_ratio
+    ),
     "coverage_of_teacher": Metric(
         f"share of the teacher's samples with another noise's sample of their class in their ball (k = {COVERAGE_K})",
         HIGHER, ("teacher",), _coverage,

@@ -144,8 +144,8 @@ def test_wrong_clip_folders(tmp_path: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights.pop("text_projection.weight")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="cannot be used: it lacks text_projection.weight"):
+    with pytest.raises(ValueError, match=r"cannot be used: it lacks text_projection.weight"):
         Clip(folder)
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match="neither tokenizer.json nor vocab.json"):
+    with pytest.raises(FileNotFoundError, match=r"neither tokenizer.json nor vocab.json"):
         Clip(folder)

@@ -14,6 +14,7 @@ from scipy.stats import t as student_t
 
 from piflow.digits.data import load_digits_images
 from piflow.evaluation import frechet_distance, precision_recall
+from piflow.evaluation.cache import FeatureCache
 from piflow.evaluation.extractors import Clip, as_bytes, digits_extractor, pixel_extractor
 from piflow.evaluation.measure import METRICS
 from piflow.evaluation.models import ModelSource, open_model
@@ -135,6 +136,18 @@ def test_a_shard_of_other_settings_is_not_read(tmp_path: Path) -> None:
     for source in (one, other):
         evaluate([Run(source)], pixel_extractor(), tmp_path, options=OPTIONS)
     assert one.asked + other.asked == 90
+
+
+def test_what_another_process_writes_is_left_alone(tmp_path: Path) -> None:
+    """Evaluations side by side share a cache; what a killed one left behind is removed later."""
+    shards = FeatureCache(tmp_path, {"a": 1}, 3, 3)
+    now, old = (shards.folder / f".shard-00000.safetensors.host.{n}.partial" for n in range(2))
+    for partial in (now, old):
+        partial.touch()
+    os.utime(old, (0, 0))
+    shards.write(0, {"features": torch.zeros(3, 2)})
+    assert (now.exists(), old.exists()) == (True, False)
+    assert shards.is_finished(0)
 
 
 def test_files_of_one_name_size_and_time_are_not_mistaken(tmp_path: Path) -> None:
