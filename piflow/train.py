@@ -58,8 +58,8 @@ def _run(config: TrainConfig, arguments: argparse.Namespace) -> int:
     from piflow.training.logging import RunLogger
     from piflow.training.loop import Trainer
 
-    trainer = Trainer(config, rank, world_size)
-    messages = trainer.resume(arguments.resume)
+    trainer = Trainer(config, rank, world_size, resume=arguments.resume)
+    messages = trainer.resume()
     start = trainer.progress.iteration
     with (
         contextlib.closing(trainer),

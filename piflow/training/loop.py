@@ -47,8 +47,18 @@ NOISE_STREAM = 1
 class Trainer:
     """One rank of a distillation run."""
 
-    def __init__(self, config: TrainConfig, rank: int, world_size: int, module: PiIDModule | None = None) -> None:
-        """`module`: the root module to train, instead of the one that is built from the configuration."""
+    def __init__(
+        self,
+        config: TrainConfig,
+        rank: int,
+        world_size: int,
+        module: PiIDModule | None = None,
+        resume: str | None = None,
+    ) -> None:
+        """`module`: the root module to train, instead of the one that is built from the configuration.
+
+        `resume`: which checkpoint `resume()` is to load (see piflow.train), none by default.
+        """
         self.config, self.rank, self.world_size = config, rank, world_size
         self.output_dir = Path(_broadcast(str(config.output_dir)))
         placed = config.model_copy(update={"output_dir": self.output_dir})
@@ -59,11 +69,13 @@ class Trainer:
         check_optimizer(config)
         self.evaluation = Evaluation(config.logging, self.pictures.local, rank)
         self.accumulation = config.accumulation(world_size)
-        # Before anything large: data that are missing, empty or damaged, and folders that cannot be written.
+        # Before anything large: data that are missing, empty or damaged, folders that cannot be written, and a
+        # checkpoint that is missing, damaged or another run's.
         self.loader = build_loader(config.data, config.seed, config.batch_size_per_rank, 0, rank, world_size)
         folders = (self.checkpoints, self.logs, self.pictures) if rank == 0 else ()
         if problem := _broadcast(next(filter(None, map(_folder_problem, folders)), None)):
             raise ConfigError(f"{problem}. Choose another output_dir, or other `directories`.")
+        self.found = self._agree_on_checkpoint(resume) if resume else (None, [])
         module = module or build_partitioned(config, world_size)
         for folder in folders:
             folder.local.mkdir(parents=True, exist_ok=True)
@@ -78,12 +90,12 @@ class Trainer:
         self.last_good: Path | None = None  # one from which a loss was finite
         self.skipped = self.skipped_in_a_row = 0  # iterations without a step, in this process
 
-    def resume(self, resume: str) -> list[str]:
-        """Load the checkpoint that `resume` asks for, if any; returns messages for the person."""
-        path, messages = self._agree_on_checkpoint(resume)
+    def resume(self) -> list[str]:
+        """Load the checkpoint that was asked for, if there is one; returns messages for the person."""
+        self._check_space()
+        path, messages = self.found
         if path is None:
             return messages
-        messages += check_fits(path, self.config, self.world_size)
         try:
             self.progress = load_checkpoint(path, self.engine, self.ema, self.config.seed, self.store.local)
         except (RuntimeError, ValueError, AssertionError, OSError, KeyError) as error:
@@ -103,9 +115,9 @@ class Trainer:
         if self.rank == 0:
             try:
                 self.store.clean()
-                found = self.store.find(resume)
-                if problem := check_space(self.store.local, self.ema):
-                    found = CheckpointError(f"{problem} Free some space, or choose another output_dir.")
+                path, messages = self.store.find(resume)
+                fit = check_fits(path, self.config, self.world_size) if path else []
+                found = path, messages + fit
             except TrainingError as error:
                 found = error
         found = _broadcast(found)
@@ -113,6 +125,11 @@ class Trainer:
             raise found
         assert found is not None
         return found
+
+    def _check_space(self) -> None:
+        problem = check_space(self.store.local, self.ema) if self.rank == 0 else None
+        if problem := _broadcast(problem):
+            raise CheckpointError(f"{problem} Free some space, or choose another output_dir.")
 
     def train(self, logger: RunLogger) -> int:
         """Run to the last iteration, or to a signal: returns its number, 0 without one. Saves at the end of either."""

@@ -175,8 +175,8 @@ def skip_and_resume(trainer: Trainer, config: TrainConfig) -> list[int]:
     batch = as_batch(next(iter(trainer.loader)))
     trainer.step([{name: value * math.nan if value.is_floating_point() else value for name, value in batch.items()}])
     trainer.save()
-    again = Trainer(config, trainer.rank, trainer.world_size)
-    again.resume("latest")
+    again = Trainer(config, trainer.rank, trainer.world_size, resume="latest")
+    again.resume()
     return [trainer.skipped_in_a_row, again.skipped_in_a_row]
 
 
@@ -191,8 +191,8 @@ def main() -> None:
     configs = {"all": make_config(arguments.folder, arguments.teacher), "lora": make_lora_config(arguments.folder)}
     reports = {}
     for kind, config in configs.items():
-        trainer = Trainer(config, rank, world_size)
-        report: dict[str, Any] = {"messages": trainer.resume("auto"), "progress": trainer.progress.position}
+        trainer = Trainer(config, rank, world_size, resume="auto")
+        report: dict[str, Any] = {"messages": trainer.resume(), "progress": trainer.progress.position}
         stored = arguments.folder / f"{kind}.pt"
         if arguments.stage != "first":
             expected, state = torch.load(stored), whole_state(trainer)

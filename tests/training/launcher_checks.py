@@ -106,8 +106,8 @@ def main() -> None:
     invalidate = PartitionedParameterCoordinator._invalidate_trace
     PartitionedParameterCoordinator._invalidate_trace = lambda self: (invalidations.append(1), invalidate(self))[1]
 
-    trainer = Trainer(config, rank, world_size)
-    trainer.resume("auto")
+    trainer = Trainer(config, rank, world_size, resume="auto")
+    trainer.resume()
     history = run(trainer, batches[rank], 0, 1)
     after_first = len(invalidations)
     history += run(trainer, batches[rank], 1, SAVED_AT)
@@ -120,8 +120,8 @@ def main() -> None:
     folder = trainer.export()
     report["verify"] = verify(path)
 
-    again = Trainer(config, rank, world_size)
-    report["resume_messages"] = again.resume("latest")
+    again = Trainer(config, rank, world_size, resume="latest")
+    report["resume_messages"] = again.resume()
     report["position"] = again.progress.position
     resumed = run(again, batches[rank], SAVED_AT, ITERATIONS)
     report["resume_exact"] = [[x.hex() for x in pair] for pair in resumed] == [

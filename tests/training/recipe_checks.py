@@ -28,7 +28,7 @@ from piflow.training.calls import Batch
 from piflow.training.config import TrainConfig, load_config
 from piflow.training.data import build_loader, derive_seed
 from piflow.training.engine import build_optimizer, leave_process, prepare_process
-from piflow.training.errors import ConfigError
+from piflow.training.errors import CheckpointError, ConfigError
 from piflow.training.loop import NOISE_STREAM, Trainer
 from piflow.training.module import PiIDModule, build_module
 from piflow.training.networks import blocks_of
@@ -186,8 +186,8 @@ def check_resume(config: TrainConfig, rank: int, world_size: int) -> dict[str, A
         report["after_skip"] = trainer.step(batches[0])[:2]
     report["invalidations"] = seen["invalidations"]
     trainer.engine.destroy()
-    again = Trainer(config, rank, world_size)
-    again.resume("latest")
+    again = Trainer(config, rank, world_size, resume="latest")
+    again.resume()
     report["resumed"] = on_every_rank(hexed([again.step(batches[i])[:2] for i in range(1, config.iterations)]))
     report["history"] = hexed(history)
     again.engine.destroy()
@@ -210,13 +210,16 @@ def check_refused(folder: Path, rank: int) -> list[list[str]]:
     settings = {"teacher.random": "null", "teacher.path": str(teacher)}
     nothing_left = {"data.kind": "prompts", "data.path": str(prompts), "data.on_corrupt": "skip"}
     said = []
-    for more in (nothing_left, {"output_dir": str(teacher / "config.json" / "run")}):
+    for more in (
+        nothing_left,
+        {"output_dir": str(teacher / "config.json" / "run")},
+        {"output_dir": str(folder / "new")},
+    ):
+        config = make_config(folder, "qwen_image/gm_4nfe_data_free", **settings, **more)
         try:
-            Trainer(
-                make_config(folder, "qwen_image/gm_4nfe_data_free", **settings, **more), rank, dist.get_world_size()
-            )
+            Trainer(config, rank, dist.get_world_size(), resume="latest")
             raise AssertionError("a run that cannot be has started")
-        except ConfigError as error:
+        except (ConfigError, CheckpointError) as error:
             said.append(on_every_rank(str(error)))
     return said
 

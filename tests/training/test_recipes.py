@@ -107,8 +107,10 @@ def test_a_teacher_from_files_is_the_same_run(report: dict[str, Any]) -> None:
     assert whole["frozen_unchanged"]
 
 
-def test_bad_data_and_folders_end_the_run_before_the_base_is_read(report: dict[str, Any]) -> None:
-    for said, expected in zip(report["refused"], ("holds no good shard", "Choose another output_dir"), strict=True):
+def test_what_cannot_be_ends_the_run_before_the_base_is_read(report: dict[str, Any]) -> None:
+    """Bad data, a folder that cannot be written, a checkpoint that is not there: with a base that is damaged."""
+    problems = ("holds no good shard", "Choose another output_dir", "checkpoint")
+    for said, expected in zip(report["refused"], problems, strict=True):
         assert said[0] == said[1]
         assert expected in said[0]
 
