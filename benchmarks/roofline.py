@@ -1,4 +1,4 @@
-"""How fast the machine moves and computes, measured, and the floor that follows for some work (DESIGN 2.4)."""
+"""How fast the machine moves and computes, measured, and the floor that follows for some work."""
 
 from __future__ import annotations
 

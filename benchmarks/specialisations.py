@@ -183,7 +183,7 @@ def dx_arguments(layout: Layout, dtype: str, n: int, c: int, n_steps: int, fused
 
 
 def needed_multiply_adds(space: str, k: int, c: int) -> int:
-    """Of one substep, per pixel (DESIGN 2.2): Gram K^2, channel 2 K C, and 8 K each.
+    """Of one substep, per pixel (docs/collapses.md): Gram K^2, channel 2 K C, and 8 K each.
 
     Channel space works on tiles of a power of two of components. Streamed, what is not kept is computed again: the
     difference from the mean and the square of each velocity, K C each.

@@ -4,7 +4,7 @@
 
 Compiles each specialisation for each architecture (minutes at first, seconds when nothing changed), prints a table and,
 with --json, stores it. Ends with 1 where a kernel spills, keeps local memory, computes in float64 per pixel, or
-where a forward substep takes more than 1.35 times the multiply-adds that its algebra needs (DESIGN 2.2).
+where a forward substep takes more than 1.35 times the multiply-adds that its algebra needs (docs/collapses.md).
 """
 
 from __future__ import annotations

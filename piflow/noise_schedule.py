@@ -1,4 +1,4 @@
-"""Raw time, noise level and the substeps between them (DESIGN 2.5; pi-Flow, arXiv 2510.14974, section 5 and appendix).
+"""Raw time, noise level and the substeps between them (pi-Flow, arXiv 2510.14974, section 5 and appendix).
 
 Raw time r runs from 1 (noise) to 0 (data) and is where segments and substeps are uniform; the noise level is
 

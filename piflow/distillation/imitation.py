@@ -1,4 +1,4 @@
-"""Policy imitation, pi-ID (pi-Flow, arXiv 2510.14974, section 5 and algorithm 1; DESIGN 2.5)."""
+"""Policy imitation, pi-ID (pi-Flow, arXiv 2510.14974, section 5 and algorithm 1)."""
 
 from __future__ import annotations
 

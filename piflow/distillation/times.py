@@ -1,4 +1,4 @@
-"""Where training looks: random raw times for flow matching, random segments for pi-ID (DESIGN 2.5)."""
+"""Where training looks: random raw times for flow matching, random segments for pi-ID (arXiv 2510.14974, section 5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mixed student-teacher trajectory of a segment, in raw time (DESIGN 2.5; pi-Flow, arXiv 2510.14974, section 5)."""
+"""The mixed student-teacher trajectory of a segment, in raw time (pi-Flow, arXiv 2510.14974, section 5)."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Policy(ABC):
         total_substeps: int,
         seq_len: int | None = None,
     ) -> Tensor:
-        """Rollout between raw times (B,), with `total_substeps` substeps for the whole of [0, 1] (DESIGN 2.5)."""
+        """Rollout between raw times (B,), with `total_substeps` substeps for the whole of [0, 1]."""
         sigmas = schedule.substep_sigmas(raw_t_start, raw_t_end, total_substeps, seq_len)
         return self.rollout(x_start, sigmas.to(x_start.device))
 

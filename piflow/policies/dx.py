@@ -1,4 +1,4 @@
-"""DX policy: x_0 estimates on a time grid or as a polynomial (DESIGN 2.3)."""
+"""DX policy: x_0 estimates on a time grid or as a polynomial (docs/collapses.md)."""
 
 from __future__ import annotations
 

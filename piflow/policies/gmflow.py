@@ -1,4 +1,4 @@
-"""GMFlow policy: Gaussian-mixture velocities, integrated in closed form per component (DESIGN 2.1, 2.2)."""
+"""GMFlow policy: Gaussian-mixture velocities, integrated in closed form per component (docs/collapses.md)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class GMFlowPolicy(Policy):
     """GMFlow policy (pi-Flow, arXiv 2510.14974, section 4.2).
 
     means (B, K, C, *S) in velocity space, logstds (B, 1, 1, *1) or (B,), logweights (B, K, 1, *S), x_src (B, C, *S),
-    sigma_src (B,); with layout="packed" as the transformers emit them (DESIGN 4). keep: (B, K) bool, False = dropped.
+    sigma_src (B,); with layout="packed" as the transformers emit them. keep: (B, K) bool, False = dropped.
     Wrong shapes, dtypes and noise levels raise a ValueError where an operator first reads them.
     """
 

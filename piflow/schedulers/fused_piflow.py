@@ -1,4 +1,4 @@
-"""Drop-in for diffusers' PiflowScheduler (Kandinsky 6): the substep loop as one weighted sum (DESIGN 2.3)."""
+"""Drop-in for diffusers' PiflowScheduler (Kandinsky 6): the substep loop as one weighted sum (docs/collapses.md)."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class MicroStep:
 
 
 class PiIDModule(nn.Module):
-    """Student and frozen teacher; `forward` gives the loss of one micro-step of pi-ID (DESIGN 2.5).
+    """Student and frozen teacher; `forward` gives the loss of one micro-step of pi-ID (arXiv 2510.14974, section 5).
 
     Under ZeRO-3 the engine must see student and teacher in one forward pass: only then does the order in which
     parameters are gathered repeat from step to step, and prefetching works.

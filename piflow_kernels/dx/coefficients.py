@@ -1,4 +1,4 @@
-"""Scalars per sample of the collapsed DX rollout (DESIGN 2.3), in float64.
+"""Scalars per sample of the collapsed DX rollout (docs/collapses.md), in float64.
 
 x_0 depends on time only, so an Euler rollout is linear in what it starts from and in the network output:
 

@@ -141,7 +141,7 @@ def dx_velocity(
     backend: Backend | None = None,
     check: bool = False,
 ) -> Tensor:
-    """Velocity of the DX policy, u = (x_t - x_0(sigma_t)) / max(sigma_t, eps) (arXiv 2510.14974; DESIGN 2.3).
+    """Velocity of the DX policy, u = (x_t - x_0(sigma_t)) / max(sigma_t, eps) (arXiv 2510.14974; docs/collapses.md).
 
     Args:
         x_t: state (B, C, *S) with one to three spatial axes, or (B, *S, C) in the packed layout; float32 (float64 on
@@ -185,7 +185,7 @@ def dx_rollout(
     backend: Backend | None = None,
     check: bool = False,
 ) -> Tensor:
-    """End state of an Euler rollout of the DX policy over the substeps of `sigmas` (DESIGN 2.3): one weighted sum.
+    """End state of an Euler rollout of the DX policy over the substeps of `sigmas`: one weighted sum.
 
     Args:
         x_start: state at sigmas[:, 0]; shapes and the remaining arguments as in `dx_velocity`.
@@ -222,7 +222,7 @@ def dx_mean_velocity(
     backend: Backend | None = None,
     check: bool = False,
 ) -> Tensor:
-    """Mean velocity over a window, (x_start - x_end) / max(sigma_start - sigma_end, min_delta) (DESIGN 4).
+    """Mean velocity over a window, (x_start - x_end) / max(sigma_start - sigma_end, min_delta).
 
     Where `local` (B,) bool holds, or the first and last level are equal, the velocity at the start. Arguments, result
     and errors otherwise as in `dx_rollout`.

@@ -1,4 +1,4 @@
-"""Textbook DX policy (DESIGN 2.3; pi-Flow, arXiv 2510.14974, section 4): what the tests believe.
+"""Textbook DX policy (docs/collapses.md; pi-Flow, arXiv 2510.14974, section 4): what the tests believe.
 
 Plain differentiable PyTorch in whatever dtype comes in. Canonical arguments, see `piflow_kernels.arguments`:
 

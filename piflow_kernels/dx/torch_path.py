@@ -1,4 +1,4 @@
-"""The collapsed DX rollout (DESIGN 2.3) in plain PyTorch operations: one weighted sum over the network output."""
+"""The collapsed DX rollout (docs/collapses.md) in plain PyTorch: one weighted sum over the network output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scalars per sample of the collapsed GM rollout (DESIGN 2.2), in float64: everything that does not move per pixel.
+"""Scalars per sample of the collapsed GM rollout (docs/collapses.md), in float64: all that does not move per pixel.
 
 A rollout from `delta = x_start - x_src` never leaves the span of x_src, delta and the component velocities v_k = vbar
 + vt_k:

@@ -1,4 +1,4 @@
-"""The collapsed GM rollout (DESIGN 2.2) compiled to C++ by inductor, for callers who ask for it (backend="inductor").
+"""The collapsed GM rollout (docs/collapses.md) compiled to C++ by inductor, for who asks for it (backend="inductor").
 
 Three functions per space are compiled for each (K, C): what the substeps need, U substeps, and the result. Nothing else
 is specialised: pixels lie in tiles of TILE, whose number is dynamic,

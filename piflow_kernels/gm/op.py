@@ -162,7 +162,7 @@ def gm_velocity(
     backend: Backend | None = None,
     check: bool = False,
 ) -> Tensor:
-    """Velocity of the GMFlow policy, u = (x_t - E[x_0 | x_t]) / sigma_t (arXiv 2510.14974; DESIGN 2.1).
+    """Velocity of the GMFlow policy, u = (x_t - E[x_0 | x_t]) / sigma_t (arXiv 2510.14974; docs/collapses.md).
 
     Args:
         x_t: state (B, C, *S) with one to three spatial axes, or (B, T, C p) in the packed layout; float32 (float64 on
@@ -210,7 +210,7 @@ def gm_rollout(
     backend: Backend | None = None,
     check: bool = False,
 ) -> Tensor:
-    """End state of an Euler rollout of the GMFlow policy over the substeps of `sigmas` (DESIGN 2.2).
+    """End state of an Euler rollout of the GMFlow policy over the substeps of `sigmas` (docs/collapses.md).
 
     Args:
         x_start: state at sigmas[:, 0]; shapes and the remaining arguments as in `gm_velocity`.
@@ -249,7 +249,7 @@ def gm_mean_velocity(
     backend: Backend | None = None,
     check: bool = False,
 ) -> Tensor:
-    """Mean velocity over a window, (x_start - x_end) / max(sigma_start - sigma_end, min_delta) (DESIGN 4).
+    """Mean velocity over a window, (x_start - x_end) / max(sigma_start - sigma_end, min_delta).
 
     Where `local` (B,) bool holds, or the first and last level are equal, the velocity at the start. Arguments, result
     and errors otherwise as in `gm_rollout`.

@@ -1,4 +1,4 @@
-"""Textbook GMFlow policy (DESIGN 2.1; pi-Flow, arXiv 2510.14974, section 4 and appendix): what the tests believe.
+"""Textbook GMFlow policy (docs/collapses.md; arXiv 2510.14974, section 4 and appendix): what the tests believe.
 
 Plain differentiable PyTorch in whatever dtype comes in. Canonical arguments, see `piflow_kernels.arguments`:
 
@@ -23,7 +23,7 @@ def per_pixel(scalar: Tensor, state: Tensor) -> Tensor:
 def mean_velocity(
     x_start: Tensor, x_end: Tensor, velocity: Tensor, sigmas: Tensor, local: Tensor | None, min_delta: float
 ) -> Tensor:
-    """(x_start - x_end) / max(sigma_start - sigma_end, min_delta), or the velocity at the start (DESIGN 4)."""
+    """(x_start - x_end) / max(sigma_start - sigma_end, min_delta), or the velocity at the start."""
     delta = (sigmas[:, 0] - sigmas[:, -1]).clamp(min=min_delta)
     at_start = starts_local(sigmas, local).reshape(-1, *[1] * (x_start.dim() - 1))
     return torch.where(at_start, velocity, (x_start - x_end) / per_pixel(delta, x_start))

@@ -1,4 +1,4 @@
-"""The collapsed GM rollout (DESIGN 2.2) in plain PyTorch operations, over blocks of pixels that stay in cache.
+"""The collapsed GM rollout (docs/collapses.md) in plain PyTorch operations, over blocks of pixels that stay in cache.
 
 Arguments are canonical (see `piflow_kernels.arguments`); a block holds, contiguous and in the computing dtype,
 
@@ -31,7 +31,7 @@ RESIDENT_ELEMENTS = 1 << 18
 
 
 def gram_space_is_cheaper(n_components: int, n_channels: int, n_substeps: int) -> bool:
-    """Multiply-adds per pixel of the two forms (DESIGN 2.2); a single velocity is always channel space."""
+    """Multiply-adds per pixel of the two forms (docs/collapses.md); a single velocity is always channel space."""
     k, c, n = n_components, n_channels, n_substeps
     return n > 1 and k * (k + 1) * c / 2 + 2 * k * c + n * k * k < 2 * k * c * n
 
