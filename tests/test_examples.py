@@ -57,3 +57,16 @@ def test_new_teacher(tmp_path: Path) -> None:
     losses = [float(loss) for loss in re.findall(r"loss (\S+)", output)]
     assert losses[-1] < losses[0]
     assert (tmp_path / "sd3_student" / "diffusion_pytorch_model.safetensors").is_file()
+
+
+def test_static_gm_fit(tmp_path: Path) -> None:
+    errors = [float(error) for error in re.findall(r"ends (\S+) from", run("static_gm_fit", tmp_path))]
+    assert len(errors) == 4
+    assert min(errors[1:]) < errors[0] < 0.05
+
+
+def test_checkerboard(tmp_path: Path) -> None:
+    output = run("checkerboard", tmp_path, "--iterations", "300", "--out", "board.png")
+    assert number(r"student, 1 NFE: (\S+) on", output) > number(r"teacher, 4 Euler steps: (\S+) on", output)
+    with Image.open(tmp_path / "board.png") as picture:
+        assert picture.size == (800, 400)
