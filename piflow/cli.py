@@ -2,15 +2,17 @@
 
 Exit codes: 0 done; 1 it could not be done, or the answer is no (`plan`: does not fit, `doctor`: not well, `demo`: a bar
 is missed); 2 a command line or configuration that cannot be used; 3 a checkpoint that is missing or damaged; 128 + n
-stopped by signal n, so 130 after Ctrl-C.
+stopped by signal n, so 130 after Ctrl-C, and 141 where the reader of a pipe has gone away.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable
+from inspect import getdoc
 from typing import Annotated, Any
 
 try:
@@ -41,7 +43,9 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 def add(command: Callable[..., Any], panel: str, *examples: str) -> None:
     """Register a sub-command under its function's name, with command lines as examples below its help."""
     words = "Example" if len(examples) == 1 else "Examples"
-    app.command(rich_help_panel=panel, epilog="\n\n".join([f"{words}:", *examples]))(command)
+    paragraphs = (getdoc(command) or "").split("\n\n")
+    unwrapped = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    app.command(help=unwrapped, rich_help_panel=panel, epilog="\n\n".join([f"{words}:", *examples]))(command)
 
 
 def show_version(asked: bool) -> None:
@@ -105,6 +109,10 @@ def main() -> None:
 
         extra = extra_with(missing.name or "")
         sys.exit(f"piflow: this needs the package {missing.name}: pip install 'piflow[{extra}]' has it.")
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # click and rich make 1 of it, which is an answer of `plan`
+            sys.exit(128 + signal.SIGPIPE)
+        raise
     except KeyboardInterrupt:  # before or after the command itself
         sys.exit(130)
     finally:

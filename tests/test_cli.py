@@ -25,6 +25,7 @@ from piflow.models.adapter_files import WEIGHTS
 from tests.golden_vectors import GOLDEN
 
 STUDENT = GOLDEN / "g08_gmqwen"
+CONFIG = str(Path(__file__).parent.parent / "configs" / "digits" / "nfe1.yaml")
 COMMANDS = [
     "app",
     "cache-latents",
@@ -84,6 +85,7 @@ def test_each_command_explains_itself_with_an_example_that_it_would_take(command
     assert "Example" in said
     found = get_command(app).commands[command]
     assert found.help
+    assert all("\n" not in paragraph for paragraph in found.help.split("\n\n")), "lines would break where the code's do"
     for parameter in found.params:
         assert getattr(parameter, "help", None), f"{command}: {parameter.name} does not explain itself"
     examples = [shlex.split(line) for line in found.epilog.split("\n\n")[1:]]
@@ -102,6 +104,14 @@ def test_usage_errors_are_two() -> None:
     assert piflow("sample", "--no-such-option").returncode == 2
     assert piflow("inspect").returncode == 2
     assert piflow("nonsense").returncode == 2
+    assert piflow("sample", "--seed", "x").returncode == 2
+
+
+def test_wrong_configuration_is_told_before_anything_is_launched() -> None:
+    done = piflow("train", "none.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("piflow: There is no configuration file none.yaml")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_shell_completion_completes() -> None:
@@ -128,6 +138,18 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
         process.stdout.close()
         said = process.stderr.read()
     assert said == ""
+
+
+@pytest.mark.parametrize("words", [["sample", "--help"], ["plan", CONFIG, "--gpus", "8", "--gpu-memory", "80"]])
+def test_a_reader_that_goes_away_is_no_answer(words: list[str]) -> None:
+    """1 would be read as `does not fit`: where click and rich meet the closed pipe, the code is that of SIGPIPE."""
+    command = [sys.executable, "-m", "piflow.cli", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=0) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (128 + signal.SIGPIPE, "")
 
 
 def test_progress_is_on_a_terminal_only(tmp_path: Path) -> None:
@@ -198,8 +220,8 @@ def test_export(tmp_path: Path) -> None:
         (["--ckpt", str(GOLDEN)], 3, "is incomplete: manifest.json is missing"),
         (["--ckpt", str(STUDENT), "--no-ema"], 1, "a saved student, without raw weights"),
         (["--ckpt", str(STUDENT), "--policy-config", '{"type": "DX"}'], 1, "asks for the policy 'DX', but is a GMQwen"),
-        (["--ckpt", str(STUDENT), "--policy-config", "[1]"], 1, "--policy-config: expected a JSON object, got [1]"),
-        (["--ckpt", str(STUDENT), "--policy-config", "{"], 1, "--policy-config: expected a JSON object, got {"),
+        (["--ckpt", str(STUDENT), "--policy-config", "[1]"], 2, "--policy-config: expected a JSON object, got [1]"),
+        (["--ckpt", str(STUDENT), "--policy-config", "{"], 2, "--policy-config: expected a JSON object, got {"),
     ],
 )
 def test_mistakes_end_in_one_line(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:

@@ -9,6 +9,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -61,6 +62,15 @@ def test_a_command_of_a_page_exists_with_its_options(page: str, command: str) ->
     elif "-m" in arguments or "--module" in arguments:
         option = "-m" if "-m" in arguments else "--module"
         assert importlib.util.find_spec(arguments[arguments.index(option) + 1]) is not None
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_no_line_of_a_paragraph_is_taken_for_a_list(page: str) -> None:
+    """A line that happens to begin with a plus, a dash or a number ends its paragraph and begins a list."""
+    text = re.sub(r"^```.*?^```$", "", PAGES[page].read_text(), flags=re.MULTILINE | re.DOTALL)
+    for before, line in pairwise(text.splitlines()):
+        if re.match(r"([+*-]|\d+[.)]) ", line) and not re.match(r"\s*([+*-]|\d+[.)]) |  |<!--", before):
+            assert not before.strip(), f"{before}\n{line}"
 
 
 def _parse(command: click.Command, name: str, arguments: list[str]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import socket
+import sys
 from pathlib import Path
 from threading import Event
 from typing import Annotated
@@ -43,6 +46,7 @@ def app(
     talks to nobody but those who open its page. Ctrl-C ends it.
     """
     with told():
+        check_address(host, port)
         with progress() as bars, quiet_libraries():
             task = bars.add_task("loading", total=None)
             import torch
@@ -61,8 +65,20 @@ def app(
                 shown[family] = models.load_text_model(family, *places, device=device, dtype=precision, offload=offload)
         demo = page.build(shown, max_queue)
         address = page.launch(demo, host=host, port=port, browser=browser)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which clears up, too
         print(f"The web demo is at {address} (Ctrl-C ends it)", flush=True)
         try:
             Event().wait()
         finally:
-            demo.close(verbose=False)
+            page.close(demo)
+
+
+def check_address(host: str, port: int | None) -> None:
+    """Raises ValueError that says why nothing can listen there, which is better known before models are loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port or 0), family=family).close()
+    except OSError as error:
+        reason = str(error.strerror).partition(" (while ")[0]
+        place, option = (host, "--host") if port is None else (f"{host}, port {port}", "--port")
+        raise ValueError(f"Nothing can listen at {place}: {reason}. Give another {option}.") from error

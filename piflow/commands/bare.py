@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import redirect_stdout
 
 import piflow
 
@@ -22,6 +23,7 @@ def main(arguments: list[str], missing: str | None) -> int:
         return 1
     from piflow.commands.diagnosis import as_lines, available_devices, diagnose
 
-    report = diagnose(available_devices())
+    with redirect_stdout(sys.stderr):
+        report = diagnose(available_devices())
     print(json.dumps(report, indent=1) if "--json" in arguments else "\n".join(as_lines(report)))
     return 0 if report["ok"] else 1

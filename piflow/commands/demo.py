@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,7 @@ def demo(
     No download and no GPU: some minutes on two CPU cores. Finished students are kept, an interrupted run goes on. The
     exit code is 1 if a student misses its bar.
     """
-    with told(), redirect_stdout(sys.stderr if as_json else sys.stdout):
+    with told(), _how_to_go_on(fresh), redirect_stdout(sys.stderr if as_json else sys.stdout):
         from rich.console import Console
 
         from piflow.digits.demo import run_demo, show_report
@@ -53,6 +54,18 @@ def demo(
         typer.echo(json.dumps({**report, "folder": str(out)}))
     if not met:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _how_to_go_on(fresh: bool) -> Iterator[None]:
+    from piflow.training.errors import Interrupted
+
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt) as stop:
+        again = f"run the same command again{' without --fresh' * fresh}"
+        print(f"piflow: stopped. To go on, {again}: finished students are kept.", file=sys.stderr)
+        raise typer.Exit(getattr(stop, "exit_code", 130)) from stop
 
 
 def default_configs() -> list[Path]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import redirect_stdout
 from typing import Any
 
 import typer
@@ -16,7 +18,7 @@ def doctor(as_json: AsJson = False) -> None:
     It ends with exit code 1 if an operator is wrong or an installed version clashes; extras that are not installed are
     listed, and no fault.
     """
-    with progress() as bars:
+    with redirect_stdout(sys.stderr), progress() as bars:  # whatever a library prints, stdout holds the report alone
         task = bars.add_task("looking around", total=None)
         from piflow.commands.diagnosis import as_lines, available_devices, diagnose
         from piflow.commands.self_test import number_of_cases

@@ -65,6 +65,11 @@ def facts_of(path: Path, verify: bool = False) -> Facts:
             f"{path} is a pickled file, which can run code when it is read: this command never does. Convert it to "
             "safetensors, or ask for the folder of its checkpoint."
         )
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"{path} is nothing that this command knows: give a safetensors file, a picture of `piflow sample`, or the "
+            "folder of an adapter, student, checkpoint, training, pipeline or cache."
+        )
     config = path.parent / CONFIG
     return _model(path, _json(config) if config.is_file() else {}, _weights([path]))
 
@@ -77,7 +82,10 @@ def _folder(path: Path, verify: bool) -> Facts:
     if (path / RUN).is_file() or any((*path.glob("step_*"), *path.glob("checkpoints/step_*"))):
         return _training(path, verify)
     if (path / CONFIG).is_file():
-        return _model(path, _json(path / CONFIG), _weights(_weight_files(path)))
+        config, files = _json(path / CONFIG), _weight_files(path)
+        if not files:
+            raise ValueError(f"{path} is incomplete: beside {CONFIG} there are no weights (*.safetensors).")
+        return _model(path, config, _weights(files))
     if (path / SHARDS).is_file():
         plan = _json(path / "index.json" if (path / "index.json").is_file() else path / SHARDS)
         said: Facts = {key: plan[key] for key in ("source", "model", "shard_size", "count") if key in plan}
@@ -85,9 +93,12 @@ def _folder(path: Path, verify: bool) -> Facts:
         return {"kind": "cache", "path": str(path), "contents": plan.get("kind"), **said, "complete": complete}
     if files := sorted(path.glob("*.safetensors")):
         return _model(path, {}, _weights(files))
+    markers = (PIPELINE, MANIFEST, RUN, CONFIG, SHARDS)
+    below = sorted(file.parent.name for marker in markers for file in path.glob(f"*/{marker}"))
+    where = f" Look into its folders: {', '.join(dict.fromkeys(below))}." if below else ""
     raise ValueError(
         f"{path} holds nothing that this command knows: no pipeline ({PIPELINE}), student or adapter ({CONFIG}, "
-        f"*.safetensors), checkpoint ({MANIFEST}), training ({RUN}) or cache ({SHARDS})."
+        f"*.safetensors), checkpoint ({MANIFEST}), training ({RUN}) or cache ({SHARDS}).{where}"
     )
 
 
@@ -184,6 +195,8 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
     if not isinstance(files, dict) or not isinstance(manifest.get("world_size"), int):
         raise ValueError(f"{path / MANIFEST} is no manifest of a checkpoint, or is damaged.")
     problems = [problem for name, said in files.items() if (problem := _file_problem(path / name, said, verify))]
+    if not isinstance(manifest.get("config"), dict):
+        problems.append(f"{MANIFEST} lacks the configuration: an earlier version of piflow wrote it")
     facts: Facts = {"kind": "checkpoint", "path": str(path), "iteration": manifest.get("iteration")}
     facts |= {"samples_seen": manifest.get("position"), "loss": _loss(manifest.get("loss"))}
     facts |= {"processes": manifest["world_size"], **_run(manifest.get("config") or {})}

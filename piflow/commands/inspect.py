@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from piflow.commands.common import AsJson, told
+from piflow.commands.common import AsJson, progress, told
 
 
 def inspect(
@@ -28,12 +28,13 @@ def inspect(
     Only headers and JSON are read, so that it is quick for files of any size; nothing is unpickled or run. The exit
     code is 1 for what is damaged, pickled or none of this library's business.
     """
-    with told():
+    with told(), progress() as bars:
+        bars.add_task(f"reading {path}", total=None)
         from piflow.commands.facts import facts_of
 
         facts = facts_of(path, verify)
     typer.echo(json.dumps(facts, indent=1) if as_json else "\n".join(as_lines(facts)))
-    if facts.get("whole") is False:
+    if False in (facts.get("whole"), facts.get("newest_checkpoint", {}).get("whole")):
         raise typer.Exit(1)
 
 
@@ -42,12 +43,12 @@ def as_lines(facts: dict[str, Any], indent: str = "") -> Iterator[str]:
     width = max(len(key) for key in facts) + 2
     for key, value in facts.items():
         label = f"{indent}{key.replace('_', ' '):<{width}}"
-        if isinstance(value, dict) and "kind" in value:
+        if isinstance(value, dict) and ("kind" in value or key == "settings"):
             yield f"{indent}{key.replace('_', ' ')}"
             yield from as_lines(value, indent + "    ")
         elif value is None and key in ("trained_nfe", "components", "grid_points"):
             yield f"{label}not stated"
-        elif value is not None:
+        elif value not in (None, {}):
             yield f"{label}{_said(value, key)}"
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from piflow.commands.common import told
+from piflow.commands.common import progress, told
 
 if TYPE_CHECKING:
     from piflow.training.plan import Plan
@@ -37,7 +37,8 @@ def plan(
 
     Then it ends with exit code 1.
     """
-    with told():
+    with told(), progress() as bars:
+        bars.add_task("planning", total=None)
         from piflow.training.config import load_config
         from piflow.training.plan import memory_plan
 

@@ -11,7 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import piflow
-from piflow.commands.common import AsJson, Device, progress, quiet_libraries, told, usable_device, whole_numbers
+from piflow.commands.common import (
+    AsJson,
+    Device,
+    UsageError,
+    progress,
+    quiet_libraries,
+    told,
+    usable_device,
+    whole_numbers,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -81,15 +90,17 @@ def sample(
     alone, not on what else was asked for.
     """
     started = time.perf_counter()
-    with told(), ExitStack() as stack:
+    with told(), redirect_stdout(sys.stderr), ExitStack() as stack:
         seeds, labels = whole_numbers("--seed", seed), whole_numbers("--class", classes) if classes else None
         call: dict[str, Any] = _width_and_height(size)
         tempered = _temperature(temperature)
         schedule = {key: value for key, value in (("h", _h(h)), ("shift", shift)) if value is not None}
+        if subfolder is not None and adapter is None:
+            raise UsageError("--subfolder is one of the adapter's: give --adapter too.")
         if prompt and labels:
-            raise ValueError("give --prompt or --class, by what the model takes, not both.")
+            raise UsageError("give --prompt or --class, by what the model takes, not both.")
         if out.exists() and not out.is_dir():
-            raise ValueError(f"--out {out} is a file: give a folder.")
+            raise UsageError(f"--out {out} is a file: give a folder.")
         stack.enter_context(_spoken_warnings())
 
         bars = stack.enter_context(progress())
@@ -157,18 +168,18 @@ def _subjects(opened: Model, name: str, prompts: list[str] | None, labels: list[
     """What is to be seen: prompts, or class labels."""
     if not opened.is_class_conditional:
         if labels is not None:
-            raise ValueError(f"--class: {name} takes a --prompt.")
+            raise UsageError(f"--class: {name} takes a --prompt.")
         if not prompts:
-            raise ValueError(f"--prompt is missing: {name} makes pictures of what it says.")
+            raise UsageError(f"--prompt is missing: {name} makes pictures of what it says.")
         return prompts
     if prompts:
-        raise ValueError(f"--prompt: {name} takes a --class, a number.")
+        raise UsageError(f"--prompt: {name} takes a --class, a number.")
     number_of_classes = opened.pipe.transformer.config.num_embeds_ada_norm
     if labels is None and number_of_classes > 10:
-        raise ValueError(f"--class is missing: {name} knows 0 to {number_of_classes - 1}.")
+        raise UsageError(f"--class is missing: {name} knows 0 to {number_of_classes - 1}.")
     labels = list(range(number_of_classes)) if labels is None else labels
     if wrong := [label for label in labels if label >= number_of_classes]:
-        raise ValueError(f"--class: {name} knows 0 to {number_of_classes - 1}, got {wrong[0]}.")
+        raise UsageError(f"--class: {name} knows 0 to {number_of_classes - 1}, got {wrong[0]}.")
     return labels
 
 
@@ -176,11 +187,11 @@ def _check_size(opened: Model, name: str, call: dict[str, Any]) -> None:
     """The base model's own pipeline would round it."""
     given = [call[side] for side in ("width", "height") if side in call]
     if given and opened.is_class_conditional:
-        raise ValueError(f"--size: {name} makes pictures of one size.")
+        raise UsageError(f"--size: {name} makes pictures of one size.")
     multiple = 1 if opened.is_class_conditional else 2 * opened.pipe.vae_scale_factor
     if wrong := [side for side in given if side % multiple or not side]:
         below = max(wrong[0] // multiple, 1) * multiple
-        raise ValueError(
+        raise UsageError(
             f"--size: expected multiples of {multiple}, got {wrong[0]}; next to it are {below} and {below + multiple}"
         )
 
@@ -204,12 +215,12 @@ def _settings(
     pipe, training = opened.pipe, opened.training
     arguments = inspect.signature(pipe.__call__).parameters
     student = is_student(pipe.transformer)
-    usual = DEFAULT_NFE if student else arguments["num_inference_steps"].default or 50
-    call: dict[str, Any] = {"num_inference_steps": nfe or training.nfe or usual}
+    steps = DEFAULT_NFE if student else arguments["num_inference_steps"].default or 50
+    call: dict[str, Any] = {"num_inference_steps": nfe or training.nfe or steps}
     if student:
         call |= {"total_substeps": substeps or training.total_substeps or 128, "temperature": temperature}
     elif substeps or "h" in schedule or temperature != "auto":
-        raise ValueError(
+        raise UsageError(
             "--substeps, --temperature and --h are a student's: this is a base model, which takes Euler steps."
         )
     given = training.schedule | schedule
@@ -219,13 +230,15 @@ def _settings(
             given["use_dynamic_shifting"] = False
         pipe.scheduler = FlowMapSDEScheduler.from_config({**(known or pipe.student_schedule), **given})
     guidance = opened.guidance if guidance is None else guidance
+    classifier_free = "true_cfg_scale" in arguments and not _embeds_guidance(pipe)
     if guidance is not None:
-        call["true_cfg_scale" if "true_cfg_scale" in arguments and not _embeds_guidance(pipe) else "guidance_scale"] = (
-            guidance
-        )
+        call["true_cfg_scale" if classifier_free else "guidance_scale"] = guidance
     if negative_prompt is not None:
-        if "negative_prompt" not in arguments:
-            raise ValueError("--negative-prompt: this model takes none.")
+        if not classifier_free:
+            raise UsageError("--negative-prompt: this model takes none.")
+        usual = 1.0 if student else math.inf  # a base model's own
+        if (usual if guidance is None else guidance) <= 1:
+            raise UsageError("--negative-prompt does nothing without guidance: give --guidance, above 1, too.")
         call["negative_prompt"] = negative_prompt
     return call
 
@@ -238,7 +251,7 @@ def _placed(pipe: Any, place: str, offload: bool) -> Any:
     pipe.set_progress_bar_config(disable=True)
     if offload:
         if place == "cpu":
-            raise ValueError("--offload needs a GPU to offload from.")
+            raise UsageError("--offload needs a GPU to offload from.")
         pipe.enable_model_cpu_offload(device=place)
         return pipe
     return pipe.to(place)
@@ -267,7 +280,7 @@ def _temperature(text: str) -> float | str | None:
     except ValueError:
         value = math.nan
     if not value >= 0:
-        raise ValueError(f"--temperature: expected a number from 0 on, auto or none, got {text}")
+        raise UsageError(f"--temperature: expected a number from 0 on, auto or none, got {text}")
     return value
 
 
@@ -279,7 +292,7 @@ def _h(text: str | None) -> float | str | None:
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise ValueError(f"--h: expected a number from 0 on, or inf, got {text}")
+        raise UsageError(f"--h: expected a number from 0 on, or inf, got {text}")
     return value
 
 
@@ -288,5 +301,5 @@ def _width_and_height(size: str | None) -> dict[str, int]:
         return {}
     found = re.fullmatch(r"(\d+)(?:x(\d+))?", size)
     if not found:
-        raise ValueError(f"--size: expected width x height such as 1664x928, or one number, got {size}")
+        raise UsageError(f"--size: expected width x height such as 1664x928, or one number, got {size}")
     return {"width": int(found[1]), "height": int(found[2] or found[1])}

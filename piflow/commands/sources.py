@@ -11,6 +11,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 
+from piflow.commands.common import UsageError
+
 if TYPE_CHECKING:
     import torch
 
@@ -66,19 +68,22 @@ def open_model(
         vae: folder or repository of the VAE of a student that makes latents.
 
     Raises:
-        FileNotFoundError, ValueError: saying what was looked for, and what to give instead.
+        FileNotFoundError, ValueError: saying what was looked for, and what to give instead; a UsageError where the
+            arguments do not go together.
     """
     path = Path(name)
     if name in (DIGITS, DIGITS_TEACHER) or (path.is_dir() and not (path / PIPELINE).is_file()):
         if adapter is not None:
-            raise ValueError(f"--adapter goes on the pipeline of a base model, not on {name}.")
-        return (
-            _digits(name, dtype) if name in (DIGITS, DIGITS_TEACHER) else _class_conditional(path, scratch, vae, dtype)
-        )
+            raise UsageError(f"--adapter goes on the pipeline of a base model, not on {name}.")
+        if name not in (DIGITS, DIGITS_TEACHER):
+            return _class_conditional(path, scratch, vae, dtype)
+        if vae is not None:
+            raise UsageError(f"--vae is for a student that makes latents; {name} makes pictures.")
+        return _digits(name, dtype)
     if path.is_file():
-        raise ValueError(f"{name} is a file: give the folder that holds it (`piflow inspect {name}` tells what it is).")
+        raise UsageError(f"{name} is a file: give the folder that holds it (`piflow inspect {name}` tells what it is).")
     if vae is not None:
-        raise ValueError(f"--vae is for a student without one; {name} is a pipeline and has its own.")
+        raise UsageError(f"--vae is for a student without one; {name} is a pipeline and has its own.")
     pipe = _pipeline(name, dtype)
     if adapter is None:
         return Model(pipe)
@@ -139,14 +144,15 @@ def _class_conditional(path: Path, scratch: Path, vae: str | None, dtype: torch.
     elif kind in ("GMDiTTransformer2DModelV2", "DXDiTTransformer2DModel"):
         transformer = load_network(getattr(models, kind), folder, "student", "Copy it again.")
     else:
-        raise ValueError(
+        raise UsageError(
             f"{path} holds a {kind}, which goes on the pipeline of its base model: "
             f"piflow sample BASE --adapter {path} --prompt ..."
         )
     channels = transformer.config.in_channels
     if vae is None and channels not in (1, 3):
-        raise ValueError(f"{path} makes latents of {channels} channels: give the VAE that decodes them with --vae.")
-    decoder = None if vae is None else _loaded(AutoencoderKL, vae, torch_dtype=dtype)
+        raise UsageError(f"{path} makes latents of {channels} channels: give the VAE that decodes them with --vae.")
+    within = {"subfolder": "vae"} if vae is not None and (Path(vae) / PIPELINE).is_file() else {}
+    decoder = None if vae is None else _loaded(AutoencoderKL, vae, torch_dtype=dtype, **within)
     pipe = PiDiTPipeline(transformer.to(dtype), vae=decoder, scheduler=FlowMatchEulerDiscreteScheduler())
     if training.nfe is None:
         training = Training(policy_config_of(transformer).get("nfe"))
@@ -184,7 +190,7 @@ def _loaded(cls: Any, name: str, **options: Any) -> Any:
     """`cls.from_pretrained`, whose many kinds of errors become one message."""
     try:
         return cls.from_pretrained(name, **options)
-    except (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         problem = " ".join(str(error).split())[:300]
         raise ValueError(f"{name} cannot be loaded as {cls.__name__} ({type(error).__name__}: {problem}).") from error
 

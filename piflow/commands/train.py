@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from piflow.commands.common import told
+
 
 def train(
     config: Annotated[Path, typer.Argument(help="Configuration of the training.")],
@@ -24,6 +26,10 @@ def train(
     ] = None,
 ) -> None:
     """Distil a student. On several machines use the `deepspeed` launcher itself, with --module piflow.train."""
+    with told():
+        from piflow.training.config import load_config
+
+        load_config(config, overrides or ())  # what cannot be used is said now, not after the launcher's seconds
     import torch
 
     from piflow.train import main

@@ -1,13 +1,13 @@
 """The whole demo: distil the digits teacher through the DeepSpeed launcher, sample the students, measure, report.
 
-    python -m piflow.digits.demo [--out outputs/digits] [--configs configs/digits/nfe1.yaml ...]
+    python -m piflow.digits.demo [--out outputs/digits] [--config configs/digits/nfe1.yaml ...]
 
-Ends with report.json, report.md and samples.png in the output folder, and with a non-zero exit where a bar is missed.
+is `piflow demo`. Ends with report.json, report.md and samples.png in the output folder, and with a non-zero exit where
+a bar is missed.
 A student that is finished with the same configuration is kept, and an interrupted training goes on; `--fresh` trains
 anew. What stands in the way is moved aside, nothing is deleted.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,12 +27,9 @@ from piflow.models.heads import GMOutput
 from piflow.noise_schedule import NoiseSchedule
 from piflow.sampler import gm_policy_fn, sample
 from piflow.training.config import DistillationConfig, TeacherConfig, TrainConfig, load_config
-from piflow.training.errors import ConfigError, Interrupted, TrainingError
+from piflow.training.errors import ConfigError
 from piflow.training.launch import launch_training
 from piflow.training.module import load_teacher
-
-DEFAULT_CONFIGS = tuple(Path("configs/digits") / f"nfe{nfe}.yaml" for nfe in (1, 2, 4))
-
 
 Result = TypeVar("Result")
 
@@ -216,49 +213,8 @@ def _say(console: Console, message: str, style: str | None = None) -> None:
     console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m piflow.digits.demo", description="Distil, sample, measure, report."
-    )
-    parser.add_argument("--out", type=Path, default=Path("outputs/digits"), help="default: %(default)s")
-    parser.add_argument(
-        "--configs", type=Path, nargs="+", default=DEFAULT_CONFIGS, help="default: configs/digits/nfe*.yaml"
-    )
-    parser.add_argument("--num-processes", type=int, default=2, help="ranks of each training (default: %(default)s)")
-    parser.add_argument("--num-samples", type=int, default=ReportSettings.num_samples, help="default: %(default)s")
-    parser.add_argument(
-        "--set", dest="overrides", nargs="*", default=[], metavar="KEY=VALUE", help="for every training"
-    )
-    parser.add_argument("--fresh", action="store_true", help="train anew also what is finished; move it aside")
-    arguments = parser.parse_args(argv)
-    console = Console()
-    go_on = f"Run the same command again{' without --fresh' * arguments.fresh}: finished students are kept."
-    try:
-        if arguments.configs is DEFAULT_CONFIGS and not all(path.is_file() for path in DEFAULT_CONFIGS):
-            raise ConfigError(
-                f"There is no {DEFAULT_CONFIGS[0].parent} with the default configurations in {Path.cwd()}. "
-                "Run this from a checkout of piflow, or give files with --configs."
-            )
-        report = run_demo(
-            arguments.configs,
-            arguments.out,
-            overrides=arguments.overrides,
-            num_processes=arguments.num_processes,
-            num_samples=arguments.num_samples,
-            fresh=arguments.fresh,
-            console=console,
-        )
-    except (Interrupted, KeyboardInterrupt) as stop:
-        _say(console, f"Stopped. {go_on}", "red")
-        return getattr(stop, "exit_code", 130)
-    except TrainingError as error:
-        _say(console, str(error), "red")
-        return error.exit_code
-    except (ValueError, OSError, RuntimeError) as error:
-        _say(console, f"The demo stopped: {error}", "red")
-        return 1
-    return 0 if show_report(report, arguments.out, console) else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from piflow.cli import main
+
+    sys.argv.insert(1, "demo")
+    main()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -223,12 +225,27 @@ def test_a_base_of_another_kind(tmp_path: Path) -> None:
         execute(PiFlowLoadBase, model=str(tmp_path), dtype="float32", offload=False)
 
 
-def as_comfyui_imports_it(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("piflow_nodes", FOLDER / "__init__.py")
+def as_comfyui_imports_it(monkeypatch: pytest.MonkeyPatch, folder: Path = FOLDER) -> ModuleType:
+    """By its place and under the name of its place, which is no name that Python could import."""
+    name = str(folder).replace(".", "_x_")
+    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "piflow_nodes", module)
+    monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize("put", [shutil.copytree, lambda folder, place: place.symlink_to(folder)], ids=["copy", "link"])
+def test_among_the_custom_nodes(put: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the name that both pages give it, which no `import piflow` of another node's search path can hit."""
+    pages = [(FOLDER / "README.md").read_text(), (FOLDER.parent / "docs" / "comfyui.md").read_text()]
+    (name,) = {found for page in pages for found in re.findall(r"ln -s \S+ \S+/custom_nodes/(\S+)", page)}
+    assert not name.isidentifier()
+    (tmp_path / "custom_nodes").mkdir()
+    put(FOLDER, tmp_path / "custom_nodes" / name)
+    monkeypatch.syspath_prepend(tmp_path / "custom_nodes")  # as some custom nodes do
+    nodes = as_comfyui_imports_it(monkeypatch, tmp_path / "custom_nodes" / name)
+    assert list(nodes.NODE_CLASS_MAPPINGS) == ["PiFlowLoadBase", "PiFlowLoadAdapter", "PiFlowSample"]
 
 
 def test_nodes_say_what_they_take(comfy: Comfy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from piflow.apps.places import split_repository
-from piflow.apps.web.generation import LONGEST_SIDE, Request, Stopped, draw, sheet
+from piflow.apps.web.generation import LONGEST_SIDE, Request, Stopped, draw, reference, sheet
 from piflow.apps.web.models import FAMILIES, DigitsModel, Model, load_digits, load_text_model
 from piflow.digits.teacher import euler_sample, load_teacher, teacher_velocity
 from piflow.noise_schedule import NoiseSchedule
@@ -121,6 +121,30 @@ def test_editing(models: dict[str, Model]) -> None:
     assert drawn.settings["references"] == 2
 
 
+def test_uploaded_pictures_are_as_people_see_them(tmp_path: Path) -> None:
+    """A telephone's pictures lie on their side and say so; colours under full transparency are nobody's choice."""
+    upright, exif = picture((64, 80)), Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    assert same(reference(tmp_path / "turned.png"), upright)
+    clear = upright.convert("RGBA")
+    clear.putalpha(Image.new("L", clear.size))
+    clear.save(tmp_path / "clear.png")
+    assert same(reference(tmp_path / "clear.png"), Image.new("RGB", clear.size, "white"))
+    for mode in ("L", "P", "LA", "1", "CMYK"):
+        upright.convert(mode).save(tmp_path / "other.tiff")
+        assert reference(tmp_path / "other.tiff").mode == "RGB"
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "cut short"])
+def test_files_that_are_no_pictures(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "file.png"
+    picture((64, 64)).save(path)
+    path.write_bytes({"text": b"no picture", "empty": b"", "cut short": path.read_bytes()[:900]}[kind])
+    with pytest.raises(ValueError, match=r"^file\.png cannot be read as a picture: take a whole PNG"):
+        reference(path)
+
+
 def test_policies_without_a_mixture_have_no_temperature(tmp_path: Path) -> None:
     model = load_text_model("flux", *save_tiny("flux", tmp_path, "DX"), device="cpu", dtype=torch.float32)
     assert not model.has_temperature
@@ -173,13 +197,15 @@ def test_without_the_trajectory(digits: DigitsModel) -> None:
         ("digits", {"width": 0}, "Size: expected a whole number from 8 to 256, got 0"),
         ("digits", {"seed": None}, "Seed is empty: give a whole number from 0"),
         ("digits", {"seed": -1}, "Seed: expected a whole number from 0 to 4294967295, got -1"),
+        ("digits", {"seed": 2.7}, "Seed: expected a whole number from 0 to 4294967295, got 2.7"),
+        ("digits", {"seed": 2**32}, "Seed: expected a whole number from 0 to 4294967295, got 4294967296"),
         ("digits", {"nfe": 2.5}, "Steps: expected a whole number from 1 to 64, got 2.5"),
         ("digits", {"nfe": float("nan")}, "Steps: expected a whole number"),
         ("digits", {"total_substeps": 0}, "Substeps: expected a whole number from 1"),
         ("flux", {"prompt": "\n"}, "The prompt is empty: say what the picture should show"),
         ("flux", {"width": None}, "Width is empty"),
         ("flux", {"height": 21}, "Height: 21 is no multiple of 4; next to it are 20 and 24"),
-        ("flux", {"width": 1e9}, f"Width: expected a whole number from 4 to {LONGEST_SIDE}, got 1e\\+09"),
+        ("flux", {"width": 1e9}, f"Width: expected a whole number from 4 to {LONGEST_SIDE}, got 1000000000"),
         ("flux", {"temperature": -1.0}, "temperature"),
     ],
 )
@@ -207,6 +233,11 @@ def test_a_folder_with_slashes_is_a_folder(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "my" / "own" / "adapter").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert split_repository("my/own/adapter") == ("my/own/adapter", None)
+
+
+def test_a_base_of_another_family(folders: dict[str, tuple[str, str]]) -> None:
+    with pytest.raises(ValueError, match=r"is a Flux2Pipeline, not a FluxPipeline as FLUX\.1 needs"):
+        load_text_model("flux", *folders["flux2"], device="cpu", dtype=torch.float32)
 
 
 def test_no_student(tmp_path: Path) -> None:

@@ -62,6 +62,19 @@ def test_an_operator_that_is_off_fails(operator: str, monkeypatch: pytest.Monkey
     assert said.endswith("Not all is well: see the lines in capitals.\n")
 
 
+def test_what_a_library_prints_is_no_part_of_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = piflow_kernels.gm_rollout
+
+    def talkative(**arguments: Any) -> Tensor:
+        print("compiling ...")
+        return right(**arguments)
+
+    monkeypatch.setattr(piflow_kernels, "gm_rollout", talkative)
+    code, said, noted = doctor("--json")
+    assert (code, json.loads(said)["ok"]) == (0, True)
+    assert "compiling ..." in noted
+
+
 class _WithoutGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:

@@ -129,6 +129,24 @@ def test_damaged_checkpoint(tmp_path: Path) -> None:
     assert "no manifest of a checkpoint" in inspect(step)[2]
 
 
+def test_training_is_as_damaged_as_its_newest_checkpoint(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    assert inspect(run)[0] == 0
+    manifest = run / "checkpoints" / "step_000002" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({key: value for key, value in content.items() if key != "config"}))
+    code, said, _ = inspect(run)
+    assert code == 1
+    assert "manifest.json lacks the configuration: an earlier version of piflow wrote it" in said
+
+
+def test_a_folder_of_trainings_names_them(tmp_path: Path) -> None:
+    finished_run(tmp_path / "nfe2")
+    code, _, noted = inspect(tmp_path)
+    assert code == 1
+    assert noted.endswith("Look into its folders: nfe2.\n")
+
+
 def test_pipeline(tmp_path: Path) -> None:
     found = facts(save_qwen_image(tmp_path / "base"))
     assert (found["kind"], found["class"]) == ("pipeline", "QwenImagePipeline")
@@ -139,6 +157,7 @@ def test_pipeline(tmp_path: Path) -> None:
 def test_picture(tmp_path: Path) -> None:
     save_png(Image.new("L", (8, 8)), tmp_path / "a.png", {"seed": 7})
     assert facts(tmp_path / "a.png")["settings"] == {"seed": 7}
+    assert inspect(tmp_path / "a.png")[1].endswith("settings\n    seed  7\n")
     Image.new("L", (8, 8)).save(tmp_path / "b.png")
     assert inspect(tmp_path / "b.png")[0] == 1
 
@@ -178,9 +197,11 @@ def test_foreign_things_are_answered(tmp_path: Path) -> None:
     assert inspect(tmp_path / "no")[2].startswith(f"piflow: There is no file or folder {tmp_path / 'no'} here")
     assert "holds nothing that this command knows" in inspect(tmp_path)[2]
     (tmp_path / "notes.txt").write_text("a list of things to buy")
-    assert "is no safetensors file" in inspect(tmp_path / "notes.txt")[2]
+    assert "notes.txt is nothing that this command knows" in inspect(tmp_path / "notes.txt")[2]
     (tmp_path / CONFIG).write_text("[1]")
     assert "expected a JSON object, got a list" in inspect(tmp_path)[2]
+    (tmp_path / CONFIG).write_text("{}")
+    assert "is incomplete: beside config.json there are no weights" in inspect(tmp_path)[2]
     save_file({"lora_unet_a.lora_down.weight": torch.zeros(2, 3)}, tmp_path / "style.safetensors")
     (tmp_path / CONFIG).unlink()
     found = facts(tmp_path / "style.safetensors")

@@ -22,7 +22,7 @@ from piflow.training.config import TrainConfig
 from tests.commands.runs import SETTINGS, finished_run
 from tests.data.bases import save_qwen_image
 from tests.golden_vectors import GOLDEN
-from tests.pipelines.tiny import qwen_base, student_of
+from tests.pipelines.tiny import FAMILIES, qwen_base, student_of
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_prompts_with_an_adapter_and_without(qwen: dict[str, Path], tmp_path: Pa
     assert (base["adapter"], base["nfe"]) == (None, 3)
     assert "temperature" not in base
     code, _, noted = sample(*words, "--size", "17x12")
-    assert (code, noted) == (1, "piflow: --size: expected multiples of 4, got 17; next to it are 16 and 20\n")
+    assert (code, noted) == (2, "piflow: --size: expected multiples of 4, got 17; next to it are 16 and 20\n")
 
 
 @pytest.mark.parametrize(
@@ -168,29 +168,72 @@ def test_prompts_with_an_adapter_and_without(qwen: dict[str, Path], tmp_path: Pa
         (["digits", "--class", "1", "--prompt", "x"], "give --prompt or --class"),
         (["digits", "--size", "64"], "--size: digits makes pictures of one size."),
         (["digits", "--seed", "5-2"], "--seed: expected whole numbers such as 3, 1,4 or 0-9, got '5-2'"),
+        (["digits", "--seed", 2**64], "--seed: expected numbers below 2^64, got 18446744073709551616"),
+        (["digits", "--vae", "x"], "--vae is for a student that makes latents; digits makes pictures."),
+        (["digits", "--subfolder", "x"], "--subfolder is one of the adapter's: give --adapter too."),
         (["digits", "--temperature", "warm"], "--temperature: expected a number from 0 on, auto or none, got warm"),
         (["digits", "--h", "-1"], "--h: expected a number from 0 on, or inf, got -1"),
         (["digits", "--size", "wide"], "--size: expected width x height"),
         (["digits", "--device", "moon"], "--device moon cannot be used"),
         (["digits", "--adapter", "x"], "--adapter goes on the pipeline of a base model, not on digits."),
         (["digits-teacher", "--h", "1"], "--substeps, --temperature and --h are a student's"),
-        (["no such model", "--prompt", "x"], "There is no folder no such model, and that is no name of a Hugging"),
-        ([".", "--class", "1"], "holds no pipeline (model_index.json), student (config.json) or training."),
         ([GOLDEN / "g08_gmdit", "--class", "1"], "makes latents of 4 channels: give the VAE"),
         ([GOLDEN / "g08_gmqwen", "--prompt", "x"], "piflow sample BASE --adapter"),
         ([GOLDEN / "README.md", "--prompt", "x"], "is a file: give the folder that holds it"),
     ],
 )
-def test_mistakes_end_in_one_line(
+def test_wrong_usage_ends_in_one_line(
+    words: list[object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, said, noted = sample(*words)
+    assert (code, said) == (2, "")
+    assert noted.startswith("piflow: ")
+    assert message in noted
+    assert len(noted.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["no such model", "--prompt", "x"], "There is no folder no such model, and that is no name of a Hugging"),
+        ([".", "--class", "1"], "holds no pipeline (model_index.json), student (config.json) or training."),
+        ([GOLDEN / "g08_gmdit", "--class", "1", "--vae", "."], "cannot be loaded as AutoencoderKL (OSError: "),
+    ],
+)
+def test_a_model_that_is_not_there_is_one_line(
     words: list[object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, said, noted = sample(*words)
     assert (code, said) == (1, "")
-    assert noted.startswith("piflow: ")
     assert message in noted
     assert len(noted.splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
+
+
+def test_negative_prompt_does_what_it_says_or_is_refused(qwen: dict[str, Path], tmp_path: Path) -> None:
+    """A student runs without guidance, so that a negative prompt alone would change nothing."""
+    words = (qwen["base"], "--adapter", qwen["adapter"], "--prompt", "a", "--size", "16x12", "--out", tmp_path)
+    code, _, noted = sample(*words, "--negative-prompt", "b")
+    assert (code, noted) == (
+        2, "piflow: --negative-prompt does nothing without guidance: give --guidance, above 1, too.\n"
+    )  # fmt: skip
+    assert sample(*words, "--negative-prompt", "b", "--guidance", 0)[0] == 2
+    made = [
+        json.loads(sample(*words, "--guidance", 4, "--negative-prompt", text, "--json")[1])["images"][0]["file"]
+        for text in ("b", "c")
+    ]
+    assert not np.array_equal(pixels(made[0]), pixels(made[1]))
+
+
+def test_vae_of_a_pipelines_folder(tmp_path: Path) -> None:
+    dit = FAMILIES["dit"]
+    dit.pipe("base").save_pretrained(tmp_path / "pipe")
+    student_of(dit.base(), "GM").save_pretrained(tmp_path / "student")
+    words = (tmp_path / "student", "--class", 3, "--json", "--out", tmp_path / "out", "--vae")
+    made = [json.loads(sample(*words, tmp_path / vae)[1])["images"][0]["file"] for vae in ("pipe", "pipe/vae")]
+    assert np.array_equal(pixels(made[0]), pixels(made[1]))
 
 
 def test_damaged_pipeline_is_one_line(qwen: dict[str, Path], tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from piflow.digits.demo import DEFAULT_CONFIGS, _make_room, load_student, main, student_sampler
+from piflow.cli import app
+from piflow.commands.demo import default_configs
+from piflow.digits.demo import _make_room, load_student, student_sampler
 from piflow.digits.teacher import load_teacher, teacher_velocity
 from piflow.models.dit import GMDiTTransformer2DModelV2
 from piflow.training.config import load_config
@@ -19,7 +21,7 @@ FAST = {"iterations": 2, "batch_size_per_rank": 4}
 
 
 def write_config(folder, name, nfe, **changes):
-    raw = yaml.safe_load(DEFAULT_CONFIGS[0].read_text())
+    raw = yaml.safe_load(default_configs()[0].read_text())
     raw["distillation"] |= {"nfe": nfe, **changes}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(raw | FAST))
@@ -47,6 +49,18 @@ def limited():
 
 def words(text):
     return " ".join(text.split())
+
+
+def demo(*arguments):
+    """The exit code of `piflow demo ARGUMENTS`, in this process."""
+    with pytest.raises(SystemExit) as end:
+        app(["demo", *map(str, arguments)], prog_name="piflow")
+    return end.value.code
+
+
+def said(capsys):
+    captured = capsys.readouterr()
+    return words(captured.out + captured.err)
 
 
 @pytest.mark.parametrize("nfe", [1, 2, 4])
@@ -86,7 +100,7 @@ def test_finished_student_with_the_same_configuration_is_kept(tmp_path, capsys):
     config, out = write_config(tmp_path, "tiny", 1), tmp_path / "out"
     finish(config, out / "tiny")
     before = everything_below(out / "tiny")
-    assert main(["--out", str(out), "--configs", str(config), "--num-samples", "40"]) == 1  # an untrained student
+    assert demo("--out", out, "--config", config, "--num-samples", 40) == 1  # an untrained student
     assert everything_below(out / "tiny") == before
     assert sorted(path.name for path in out.iterdir()) == ["report.json", "report.md", "samples.png", "tiny"]
     assert "tiny/student is finished, with the same configuration: kept" in words(capsys.readouterr().out)
@@ -116,42 +130,33 @@ def test_report_measures_the_teacher_of_the_configurations(tmp_path, capsys):
     raw = yaml.safe_load(config.read_text())
     config.write_text(yaml.safe_dump(raw | {"teacher": {"kind": "digits", "path": str(tmp_path / "teacher")}}))
     finish(config, out / "tiny")
-    assert main(["--out", str(out), "--configs", str(config), "--num-samples", "40"]) == 1
+    assert demo("--out", out, "--config", config, "--num-samples", 40) == 1
     rows = json.loads((out / "report.json").read_text())["rows"]
     assert rows[1]["name"] == "teacher, 1 Euler step"
     assert rows[1]["endpoint_mse"] == 0
     assert "load the teacher of" in (out / "report.md").read_text()
 
     other = write_config(tmp_path, "other", 2)
-    assert main(["--out", str(out), "--configs", str(config), str(other)]) == 2
-    assert "one teacher" in words(capsys.readouterr().out)
-
-
-def test_default_configurations_need_the_checkout(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main([]) == 2
-    message = capsys.readouterr().out
-    assert "There is no configs/digits" in message
-    assert "checkout of piflow, or give files with --configs" in message
-    assert list(tmp_path.iterdir()) == []
+    assert demo("--out", out, "--config", config, "--config", other) == 2
+    assert "one teacher" in said(capsys)
 
 
 def test_default_output_of_a_training_is_not_the_demos():
-    folders = [load_config(path).output_dir for path in DEFAULT_CONFIGS]
-    assert len(set(folders)) == len(DEFAULT_CONFIGS)
+    folders = [load_config(path).output_dir for path in default_configs()]
+    assert len(set(folders)) == len(default_configs())
     assert not any(folder.is_relative_to("outputs/digits") for folder in folders)
 
 
 def test_configurations_that_cannot_share_a_report_end_before_training(tmp_path, capsys):
     one = write_config(tmp_path, "one", 1)
     two = write_config(tmp_path, "two", 2, guidance_scale=3.0)
-    assert main(["--out", str(tmp_path / "out"), "--configs", str(one), str(two)]) == 2
-    assert "need one guidance_scale, one shift and one teacher" in words(capsys.readouterr().out)
-    assert main(["--out", str(tmp_path / "out"), "--configs", str(tmp_path / "none.yaml")]) == 2
-    assert "none.yaml" in capsys.readouterr().out.replace("\n", "")
+    assert demo("--out", tmp_path / "out", "--config", one, "--config", two) == 2
+    assert "need one guidance_scale, one shift and one teacher" in said(capsys)
+    assert demo("--out", tmp_path / "out", "--config", tmp_path / "none.yaml") == 2
+    assert "none.yaml" in said(capsys)
     assert not (tmp_path / "out").exists()
-    assert main(["--out", str(one), "--configs", str(one)]) == 1
-    assert "one.yaml cannot be a folder for the results" in words(capsys.readouterr().out)
+    assert demo("--out", one, "--config", one) == 1
+    assert "one.yaml cannot be a folder for the results" in said(capsys)
 
 
 @pytest.mark.launcher
@@ -164,9 +169,7 @@ def test_whole_demo_in_small(tmp_path, capfd):
     config = write_config(tmp_path, "tiny", 1)
     finish(write_config(tmp_path, "mine", 1, guidance_scale=3.0), tmp_path / "out" / "tiny")
     mine = everything_below(tmp_path / "out" / "tiny")
-    code = main(
-        ["--out", str(tmp_path / "out"), "--configs", str(config), "--num-samples", "40", "--num-processes", "1"]
-    )
+    code = demo("--out", tmp_path / "out", "--config", config, "--num-samples", 40, "--processes", 1)
     assert everything_below(tmp_path / "out" / "tiny.replaced.1") == mine
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert code == 1
@@ -187,19 +190,19 @@ def test_interrupted_demo_says_how_to_go_on_and_keeps_what_is_finished(tmp_path)
     long.write_text(long.read_text().replace("iterations: 2\n", "iterations: 100000\nlog_every: 1\n", 1))
     finish(done, tmp_path / "out" / "done")
     before = everything_below(tmp_path / "out" / "done")
-    words_of_command = ["--out", tmp_path / "out", "--configs", done, long, "--num-processes", "1"]
-    command = [sys.executable, "-m", "piflow.digits.demo", *map(str, words_of_command)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as demo:
+    words_of_command = ["--out", tmp_path / "out", "--config", done, "--config", long, "--processes", 1]
+    command = [sys.executable, "-m", "piflow.digits.demo", *map(str, words_of_command)]  # an alias
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         lines = []
-        for line in demo.stdout:
+        for line in process.stdout:
             lines.append(line)
             if "loss" in line:
-                demo.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGINT)
                 break
-        lines += demo.stdout.readlines()
+        lines += process.stdout.readlines()
     output = words("".join(lines))
-    assert demo.returncode == 130, output
-    assert output.endswith("Stopped. Run the same command again: finished students are kept.")
+    assert process.returncode == 130, output
+    assert output.endswith("piflow: stopped. To go on, run the same command again: finished students are kept.")
     assert "Traceback" not in output
     assert everything_below(tmp_path / "out" / "done") == before
     assert (tmp_path / "out" / "long" / "checkpoints" / "latest").is_file()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import piflow
 from piflow.apps.latents import Trajectory, decode, start_noise
@@ -155,7 +156,8 @@ def whole(name: str, value: float | None, least: int, most: int) -> int:
     if value is None:
         raise ValueError(f"{name} is empty: give a whole number from {least} to {most}.")
     if value % 1 or not least <= value <= most:
-        raise ValueError(f"{name}: expected a whole number from {least} to {most}, got {value:g}.")
+        given = f"{value:.0f}" if value % 1 == 0 else value
+        raise ValueError(f"{name}: expected a whole number from {least} to {most}, got {given}.")
     return int(value)
 
 
@@ -166,6 +168,21 @@ def pixels(name: str, value: float | None, multiple: int) -> int:
         below = side // multiple * multiple
         raise ValueError(f"{name}: {side} is no multiple of {multiple}; next to it are {below} and {below + multiple}.")
     return side
+
+
+def reference(path: str | Path) -> Image.Image:
+    """An uploaded picture as people see it: upright as its camera says, on white where it is transparent.
+
+    Raises ValueError that names a file which is no picture.
+    """
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file).convert("RGBA")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{Path(path).name} cannot be read as a picture: take a whole PNG, JPEG or WebP file."
+        ) from error
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
 def sheet(images: list[Image.Image], side: int) -> Image.Image:

@@ -10,6 +10,7 @@ from threading import Lock
 from typing import Any, ClassVar, Literal
 
 import torch
+from diffusers import DiffusionPipeline
 
 from piflow import pipelines
 from piflow.apps.latents import QWEN_IMAGE_GUIDANCE
@@ -40,6 +41,7 @@ class Model:
     lock: Lock = field(default_factory=Lock, repr=False)
 
     total_substeps: ClassVar[int] = 128
+    automatic_temperature: ClassVar[bool] = True
     base_arguments: ClassVar[dict[str, Any]] = {}
     """Of the base model's calls: the guidance that it is commonly used with."""
     evaluations_per_base_step: ClassVar[int] = 1
@@ -70,6 +72,7 @@ class DigitsModel(Model):
     networks: dict[Network, Any] = field(default_factory=dict, repr=False)
 
     total_substeps: ClassVar[int] = 64
+    automatic_temperature: ClassVar[bool] = False  # this student comes nearer to its teacher without
     base_arguments: ClassVar[dict[str, Any]] = {"guidance_scale": 2.0}  # which the student was distilled with
     evaluations_per_base_step: ClassVar[int] = 2
 
@@ -143,6 +146,11 @@ def load_text_model(
     Raises ValueError or OSError for what cannot be loaded.
     """
     kind = FAMILIES[family]
+    name = str(DiffusionPipeline.load_config(base).get("_class_name"))
+    if name.removeprefix("Pi") != kind.pipeline.__name__.removeprefix("Pi"):
+        raise ValueError(
+            f"{base} is a {name}, not a {kind.pipeline.__name__.removeprefix('Pi')} as {kind.title} needs."
+        )
     pipe = kind.pipeline.from_pretrained(base, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     place, subfolder = split_repository(adapter)

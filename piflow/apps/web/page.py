@@ -6,6 +6,7 @@ It fetches nothing from anywhere but its own server, which reports nothing to an
 from __future__ import annotations
 
 import html
+import logging
 import random
 from collections.abc import Callable
 from threading import Event
@@ -15,12 +16,18 @@ import gradio as gr
 import torch
 
 from . import panel
-from .generation import LARGEST_SEED, LONGEST_SIDE, Picture, Request, Stopped, draw
+from .generation import LARGEST_SEED, LONGEST_SIDE, Picture, Request, Stopped, draw, reference
 from .models import DigitsModel, Flux2Model, Model, Network, TextModel
 from .panel import TITLES, Panel
 
 CHOICES: dict[str, tuple[Network, ...]] = {"Student": ("student",), "Base": ("base",), "Both": ("student", "base")}
 HOUR = 3600
+
+SHOW_RESULTS = """() => {
+    const results = document.getElementById("%s");
+    if (results.getBoundingClientRect().top > innerHeight / 2) results.scrollIntoView({behavior: "smooth"});
+}"""
+"""On a narrow screen the pictures, and how far they are, lie below the controls."""
 
 INTRODUCTION = """# pi-Flow
 In each step the student's network is evaluated once. What it returns is a *policy*, a formula for the velocity at \
@@ -43,7 +50,7 @@ def build(models: dict[str, Model], max_queue: int = 64) -> gr.Blocks:
         with gr.Tabs():
             for name, model in models.items():
                 with gr.Tab(model.title, id=name):
-                    _tab(name, model, running)
+                    _tab(page, name, model, running)
         page.unload(_stopper(running))
     return page.queue(max_size=max_queue)
 
@@ -72,17 +79,27 @@ def launch(page: gr.Blocks, *, host: str = "127.0.0.1", port: int | None = None,
     return address
 
 
-def _tab(name: str, model: Model, running: dict[str, Event]) -> None:
+def close(page: gr.Blocks) -> None:
+    """End the server: pictures after the step under way, and their files; it does not wait for open pages to go."""
+    assert page.server is not None
+    logging.getLogger("uvicorn.error").disabled = True  # which would show a traceback for each page that is open
+    page.server.config.timeout_graceful_shutdown = 1
+    page.close(verbose=False)
+
+
+def _tab(page: gr.Blocks, name: str, model: Model, running: dict[str, Event]) -> None:
     digits = isinstance(model, DigitsModel)
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             controls = _controls(name, model)
-        with gr.Column(scale=5, min_width=320), gr.Row():
+        with gr.Column(scale=5, min_width=320, elem_id=f"{name}-results"), gr.Row():
             panels = [Panel.lay_out(name, network, digits=digits) for network in TITLES]
     start, stop = controls.pop("start"), controls.pop("stop")
+    asked = [start.click, controls["prompt"].submit]
+    gr.on(asked, None, js=SHOW_RESULTS % f"{name}-results", queue=False, api_visibility="private")
     drawing = gr.on(
-        [start.click, controls["prompt"].submit],
-        _drawer(model, panels, running),
+        asked,
+        _drawer(page, model, panels, running),
         list(controls.values()),
         [output for panel in panels for output in panel.outputs],
         concurrency_id="digits" if digits else "text",
@@ -110,7 +127,7 @@ def _controls(name: str, model: Model) -> dict[str, Any]:
     )
     references = gr.Gallery(
         label="Pictures to change (optional)",
-        type="pil",
+        type="filepath",
         file_types=["image"],
         columns=3,
         height=150,
@@ -133,7 +150,6 @@ def _controls(name: str, model: Model) -> dict[str, Any]:
     with gr.Row():
         width = gr.Number(
             96 if digits else 1024,
-            precision=0,
             label="Size" if digits else "Width",
             info=f"Multiple of {model.multiple if isinstance(model, TextModel) else 8}.",
             min_width=90,
@@ -141,14 +157,13 @@ def _controls(name: str, model: Model) -> dict[str, Any]:
         )
         height = gr.Number(
             1024,
-            precision=0,
             label="Height",
             info=f"Up to {LONGEST_SIDE}.",
             min_width=90,
             visible=not digits,
             **named("height"),
         )
-        seed = gr.Number(0, precision=0, label="Seed", info="Of the noise.", min_width=90, **named("seed"))
+        seed = gr.Number(0, label="Seed", info="Of the noise.", min_width=90, **named("seed"))
     dice = gr.Button("New seed", size="sm", **named("dice"))
     with gr.Accordion("More", open=False, **named("more")):
         total_substeps = gr.Slider(
@@ -161,7 +176,7 @@ def _controls(name: str, model: Model) -> dict[str, Any]:
             **named("substeps"),
         )
         automatic = gr.Checkbox(
-            True,
+            model.automatic_temperature,
             label="Automatic temperature",
             info="0.1 times (steps - 1), at most 1.",
             visible=model.has_temperature,
@@ -170,11 +185,11 @@ def _controls(name: str, model: Model) -> dict[str, Any]:
         temperature = gr.Slider(
             0,
             1,
-            value=0.3,
+            value=0.3 if model.automatic_temperature else 1,
             step=0.05,
             label="Temperature",
             info="Below 1 it sharpens the student's policy.",
-            visible=False,
+            visible=model.has_temperature and not model.automatic_temperature,
             **named("temperature"),
         )
         trajectory = gr.Checkbox(True, label="Show what each step was heading for", **named("trajectory"))
@@ -188,7 +203,7 @@ def _controls(name: str, model: Model) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _drawer(model: Model, panels: list[Panel], running: dict[str, Event]) -> Callable[..., list[Any]]:
+def _drawer(page: gr.Blocks, model: Model, panels: list[Panel], running: dict[str, Event]) -> Callable[..., list[Any]]:
     def drawing(
         prompt: str | None,
         references: list[Any] | None,
@@ -204,26 +219,29 @@ def _drawer(model: Model, panels: list[Panel], running: dict[str, Event]) -> Cal
         session: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio looks for it here
     ) -> list[Any]:
-        pictures = [picture.convert("RGB") for picture, _ in references or ()]
         sharpened: float | Literal["auto"] = "auto" if automatic else temperature
-        request = Request(prompt or "", seed, width, height, nfe, total_substeps, sharpened, pictures, trajectory)
         stopped = running[str(session.session_hash)] = Event()
         drawn: dict[Network, Picture] = {}
         try:
+            pictures = [reference(path) for path, _ in references or ()]
+            request = Request(prompt or "", seed, width, height, nfe, total_substeps, sharpened, pictures, trajectory)
             for network in CHOICES[shown]:
 
                 def on_step(done: int, steps: int, title: str = TITLES[network]) -> None:
-                    if stopped.is_set():
+                    if stopped.is_set() or not page.is_running:
                         raise Stopped
                     progress((done, steps), desc=f"{title}, step {min(done + 1, steps)} of {steps}", unit="steps")
 
                 drawn[network] = draw(model, network, request, on_step)
         except Stopped:
-            gr.Info("Stopped.", duration=3)
+            pass  # nobody waits for what comes back
         except ValueError as error:
             gr.Warning(html.escape(str(error)))
         except torch.OutOfMemoryError:
             gr.Warning("There is not enough GPU memory for this size: try a smaller one.")
+        except Exception:  # Gradio would put "Error" in the pictures' places, and nothing else
+            logging.getLogger(__name__).exception("a picture could not be drawn")
+            gr.Warning("Something went wrong on the server. Its log says what.")
         finally:
             running.pop(str(session.session_hash), None)
         if not drawn:
