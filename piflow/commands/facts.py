@@ -17,6 +17,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from piflow.json_files import read_json_object
+
 CONFIG, PIPELINE, MANIFEST, SHARDS, RUN = "config.json", "model_index.json", "manifest.json", "plan.json", "config.yaml"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 LORA = re.compile(r"\.lora_(?P<side>[AB])(\.[^.]+)?\.(weight|bias)$")
@@ -71,7 +73,7 @@ def facts_of(path: Path, verify: bool = False) -> Facts:
             "folder of an adapter, student, checkpoint, training, pipeline or cache."
         )
     config = path.parent / CONFIG
-    return _model(path, _json(config) if config.is_file() else {}, _weights([path]))
+    return _model(path, read_json_object(config) if config.is_file() else {}, _weights([path]))
 
 
 def _folder(path: Path, verify: bool) -> Facts:
@@ -82,12 +84,12 @@ def _folder(path: Path, verify: bool) -> Facts:
     if (path / RUN).is_file() or any((*path.glob("step_*"), *path.glob("checkpoints/step_*"))):
         return _training(path, verify)
     if (path / CONFIG).is_file():
-        config, files = _json(path / CONFIG), _weight_files(path)
+        config, files = read_json_object(path / CONFIG), _weight_files(path)
         if not files:
             raise ValueError(f"{path} is incomplete: beside {CONFIG} there are no weights (*.safetensors).")
         return _model(path, config, _weights(files))
     if (path / SHARDS).is_file():
-        plan = _json(path / "index.json" if (path / "index.json").is_file() else path / SHARDS)
+        plan = read_json_object(path / "index.json" if (path / "index.json").is_file() else path / SHARDS)
         said: Facts = {key: plan[key] for key in ("source", "model", "shard_size", "count") if key in plan}
         complete = (path / "index.json").is_file()
         return {"kind": "cache", "path": str(path), "contents": plan.get("kind"), **said, "complete": complete}
@@ -181,7 +183,7 @@ def _lora(path: Path, keys: list[str], weights: Weights) -> Facts:
 
 
 def _pipeline(path: Path) -> Facts:
-    index = _json(path / PIPELINE)
+    index = read_json_object(path / PIPELINE)
     parts = {key: value[1] for key, value in index.items() if isinstance(value, list) and len(value) == 2 and value[1]}
     facts: Facts = {"kind": "pipeline", "path": str(path), "class": index.get("_class_name"), "parts": parts}
     if (path / "transformer" / CONFIG).is_file():
@@ -190,7 +192,7 @@ def _pipeline(path: Path) -> Facts:
 
 
 def _checkpoint(path: Path, verify: bool) -> Facts:
-    manifest = _json(path / MANIFEST)
+    manifest = read_json_object(path / MANIFEST)
     files = manifest.get("files")
     if not isinstance(files, dict) or not isinstance(manifest.get("world_size"), int):
         raise ValueError(f"{path / MANIFEST} is no manifest of a checkpoint, or is damaged.")
@@ -288,7 +290,7 @@ def _weight_files(folder: Path) -> list[Path]:
     listed = {
         folder / name
         for index in folder.glob("*.safetensors.index.json")
-        for name in (_json(index).get("weight_map") or {}).values()
+        for name in (read_json_object(index).get("weight_map") or {}).values()
     }
     if missing := sorted(file.name for file in listed if not file.is_file()):
         raise ValueError(f"{folder} is incomplete: {missing[0]} is missing, which its index lists.")
@@ -322,14 +324,4 @@ def _json_in(metadata: dict[str, str], key: str, path: Path) -> Facts:
         content = None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: {key} in the weights' metadata is no JSON object.")
-    return content
-
-
-def _json(file: Path) -> Facts:
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}. Copy it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a JSON object, got a {type(content).__name__}.")
     return content

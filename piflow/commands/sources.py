@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 
 from piflow.commands.common import UsageError
+from piflow.json_files import read_json_object
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +138,7 @@ def _class_conditional(path: Path, scratch: Path, vae: str | None, dtype: torch.
     from piflow.pipelines.stand_ins import policy_config_of
 
     folder, training = student_folder(path, scratch)
-    kind = str(_json(folder / CONFIG).get("_class_name")).lstrip("_")
+    kind = str(read_json_object(folder / CONFIG).get("_class_name")).lstrip("_")
     if kind in TEACHER_CLASSES:
         transformer = load_dit_teacher(folder)
     elif kind in ("GMDiTTransformer2DModelV2", "DXDiTTransformer2DModel"):
@@ -164,7 +164,7 @@ def _class_conditional(path: Path, scratch: Path, vae: str | None, dtype: torch.
 def _pipeline(name: str, dtype: torch.dtype) -> Any:
     from piflow import pipelines
 
-    kind = str(_json(_index_of(name)).get("_class_name"))
+    kind = str(read_json_object(_index_of(name)).get("_class_name"))
     ours = PIPELINES.get(kind, kind)
     if ours not in pipelines.__all__:
         raise ValueError(f"{name} is a {kind}: expected one of {', '.join(PIPELINES)}.")
@@ -212,13 +212,3 @@ def _training_of(config: dict[str, Any]) -> Training:
         schedule |= {"use_dynamic_shifting": True, "dynamic_shifting_type": dynamic["kind"]}
         schedule |= {key: value for key, value in dynamic.items() if key != "kind"}
     return Training(settings["nfe"], settings["total_substeps"], schedule)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a JSON object, got a {type(content).__name__}.")
-    return content

@@ -16,6 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from piflow.evaluation.sources import Batch, stamp
+from piflow.json_files import read_json_object
 
 DIGITS_TEACHER = "digits:teacher"
 TEACHER_STEPS, TEACHER_GUIDANCE = 64, 2.0
@@ -139,7 +140,7 @@ def _dit(folder: Path, vae_path: str | None, device: str) -> Model:
     from piflow.data.latents import decode, load_vae
     from piflow.pipelines import PiDiTPipeline
 
-    class_name = _config(folder / "config.json").get("_class_name", "")
+    class_name = read_json_object(folder / "config.json").get("_class_name", "")
     vae = None if vae_path is None else load_vae(vae_path).to(device)
     settings = {"class": class_name, "files": _files(folder)}
     settings |= {} if vae_path is None else {"vae": _files(Path(vae_path))}
@@ -212,7 +213,7 @@ def _load_pipeline(folder: Path, dtype: torch.dtype, device: str) -> Any:
 
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"There is no pipeline in {folder}: model_index.json is missing.")
-    name = str(_config(folder / "model_index.json").get("_class_name", ""))
+    name = str(read_json_object(folder / "model_index.json").get("_class_name", ""))
     kinds = (getattr(pipelines, kind, None) for kind in (name, f"Pi{name}"))
     kind = next(filter(None, kinds), None) or getattr(diffusers, name, None)
     if kind is None:
@@ -239,16 +240,6 @@ def _classes(pipe: Any) -> int:
 
 def _named(name: str, model: Model) -> Model:
     return Model(name, model.make, model.settings, model.classes)
-
-
-def _config(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold one JSON object, got a {type(content).__name__}.")
-    return content
 
 
 def _files(folder: Path) -> list[list[Any]]:

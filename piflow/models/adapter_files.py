@@ -23,6 +23,8 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from piflow.json_files import read_json_object
+
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 PICKLED = tuple(f"diffusion_pytorch_model.{suffix}" for suffix in ("bin", "pt", "pth", "ckpt"))
@@ -79,7 +81,7 @@ def read_adapter(
         source = "/".join(filter(None, (str(path_or_repo), subfolder)))
         fetch = partial(_hub_file, str(path_or_repo), {**hub, **here})
 
-    config = _read_json(fetch(CONFIG))
+    config = read_json_object(fetch(CONFIG))
     if not isinstance(config.get("_class_name"), str):
         raise ValueError(f"{source}/{CONFIG}: expected a `_class_name`, the class of the student; it has none.")
     if files := _weight_files(fetch):
@@ -136,16 +138,6 @@ def _hub_file(repo: str, options: dict[str, Any], name: str) -> Path:
         ) from error
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}. Copy it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a JSON object, got a {type(content).__name__}.")
-    return content
-
-
 def _weight_files(fetch: Fetch) -> list[Path]:
     """The safetensors file, or all shards of the index; none where there is neither."""
     try:
@@ -156,7 +148,7 @@ def _weight_files(fetch: Fetch) -> list[Path]:
         index = fetch(INDEX)
     except FileNotFoundError:
         return []
-    shards = _read_json(index).get("weight_map")
+    shards = read_json_object(index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise ValueError(f"{index}: expected a `weight_map`, {{tensor: file}}.")
     return [fetch(name) for name in sorted(set(shards.values()))]

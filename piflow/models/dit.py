@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from piflow.json_files import read_json_object
 from piflow.models.heads import (
     DXOutput,
     GMOutput,
@@ -357,23 +357,13 @@ def load_dit_teacher(folder: str | Path) -> DiTTransformer2DModel:
 def check_is_dit(folder: str | Path) -> None:
     """ValueError if `folder`/config.json names another class than a DiT, such as a student's."""
     file = Path(folder) / "config.json"
-    name = _read_config(file).get("_class_name", TEACHER_CLASSES[0]) if file.is_file() else TEACHER_CLASSES[0]
+    name = read_json_object(file).get("_class_name", TEACHER_CLASSES[0]) if file.is_file() else TEACHER_CLASSES[0]
     if name not in TEACHER_CLASSES:
         raise ValueError(f"{folder} holds a {name}, not a {TEACHER_CLASSES[0]}.")
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} must hold one JSON object, got a {type(config).__name__}.")
-    return config
-
-
 def _load_dit(folder: Path) -> DiTTransformer2DModel:
-    config = _read_config(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")
     config = {k: v for k, v in config.items() if not k.startswith("_") and k != "class_dropout_prob"}
     teacher = DiTTransformer2DModel(**config)

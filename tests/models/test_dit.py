@@ -59,7 +59,7 @@ def test_load_dit_teacher_names_the_missing_file(tmp_path) -> None:
         ("tensor missing", r"is damaged .*Missing key.*proj_out_2\.bias"),
         ("another size", "is damaged .*size mismatch"),
         ("config is no JSON", "config.json is not valid JSON"),
-        ("config is a list", "config.json must hold one JSON object, got a list"),
+        ("config is a list", "expected a JSON object, got a list"),
         ("student", "holds a GMDiTTransformer2DModelV2, not a DiTTransformer2DModel"),
     ],
 )
