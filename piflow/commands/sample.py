@@ -65,7 +65,10 @@ def sample(
     size: Annotated[
         str | None, typer.Option(metavar="WxH", help="Pixels, such as 1664x928 or 1024. By default the pipeline's.")
     ] = None,
-    temperature: Annotated[str, typer.Option(help="Of a GM student's mixture: a number, auto or none.")] = "auto",
+    temperature: Annotated[
+        str | None,
+        typer.Option(help="Of a GM student's mixture: a number, auto or none; else the pipeline's own."),
+    ] = None,
     substeps: Annotated[
         int | None, typer.Option(min=1, help="Policy substeps over the whole of time (default: the training's, 128).")
     ] = None,
@@ -93,7 +96,7 @@ def sample(
     with told(), redirect_stdout(sys.stderr), ExitStack() as stack:
         seeds, labels = whole_numbers("--seed", seed), whole_numbers("--class", classes) if classes else None
         call: dict[str, Any] = _width_and_height(size)
-        tempered = _temperature(temperature)
+        tempered = {} if temperature is None else {"temperature": _temperature(temperature)}
         schedule = {key: value for key, value in (("h", _h(h)), ("shift", shift)) if value is not None}
         if subfolder is not None and adapter is None:
             raise UsageError("--subfolder is one of the adapter's: give --adapter too.")
@@ -200,7 +203,7 @@ def _settings(
     opened: Model,
     nfe: int | None,
     substeps: int | None,
-    temperature: float | str | None,
+    temperature: dict[str, float | str | None],
     guidance: float | None,
     negative_prompt: str | None,
     schedule: dict[str, Any],
@@ -218,8 +221,9 @@ def _settings(
     steps = DEFAULT_NFE if student else arguments["num_inference_steps"].default or 50
     call: dict[str, Any] = {"num_inference_steps": nfe or training.nfe or steps}
     if student:
-        call |= {"total_substeps": substeps or training.total_substeps or 128, "temperature": temperature}
-    elif substeps or "h" in schedule or temperature != "auto":
+        call |= {"total_substeps": substeps or training.total_substeps or 128}
+        call |= temperature or {"temperature": arguments["temperature"].default}
+    elif substeps or "h" in schedule or temperature:
         raise UsageError(
             "--substeps, --temperature and --h are a student's: this is a base model, which takes Euler steps."
         )

@@ -49,7 +49,7 @@ class PiDiTPipeline(PolicyLoopMixin, DiTPipeline):
         *,
         latents: Tensor | None = None,
         total_substeps: int = 128,
-        temperature: float | Literal["auto"] | None = "auto",
+        temperature: float | Literal["auto"] | None = None,
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
@@ -62,7 +62,8 @@ class PiDiTPipeline(PolicyLoopMixin, DiTPipeline):
             num_inference_steps: network evaluations, 4 for a student, 50 for a base model.
             output_type: "pil", "np", "pt" or "latent".
             latents: the noise to start from, (B, C, H, W).
-            total_substeps, temperature: of a student, see `PiFlowPipelineMixin.__call__`.
+            total_substeps, temperature: of a student, see `PiFlowPipelineMixin.__call__`; no temperature by default, as
+                class-conditional students are trained.
             callback_on_step_end: (pipeline, step, timestep, tensors) -> tensors to go on with, "latents" among them.
 
         Raises a ValueError that names the argument for what is outside its domain.
