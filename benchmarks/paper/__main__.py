@@ -22,7 +22,6 @@ def main(argv: list[str] | None = None) -> int:
         run_task(words[1])
         return 0
     arguments = _parser().parse_args(words)
-    signal.signal(signal.SIGTERM, _interrupt)
     store = Store(arguments.out, Protocol(num_samples=arguments.samples))
     if arguments.job == "report":
         return _report(arguments.json, arguments.docs)
@@ -87,4 +86,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(main())

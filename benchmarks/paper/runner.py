@@ -114,7 +114,7 @@ class _Pool:
         self.running: dict[subprocess.Popen[bytes], tuple[Cell, float]] = {}
 
     def run(self, cells: Sequence[Cell], deadline: float | None) -> list[Cell]:
-        waiting, failed, total = list(cells), [], len(cells)
+        waiting, failed, finished, total = list(cells), list[Cell](), 0, len(cells)
         try:
             while waiting or self.running:
                 while waiting and len(self.running) < self.processes:
@@ -128,8 +128,8 @@ class _Pool:
                     done = process.returncode == 0 and self.store.is_done(cell)
                     failed += [] if done else [cell]
                     verdict = "done" if done else f"FAILED ({self.log_file(cell)})"
-                    number = total - len(waiting) - len(self.running)
-                    print(f"{number}/{total} {cell.name}: {verdict}, {time.monotonic() - started:.0f} s", flush=True)
+                    finished += 1
+                    print(f"{finished}/{total} {cell.name}: {verdict}, {time.monotonic() - started:.0f} s", flush=True)
                 time.sleep(POLL_SECONDS)
         finally:
             for process in self.running:

@@ -108,7 +108,9 @@ def sample_student(module: Any, batch: dict[str, Tensor], seed: int) -> Tensor:
     shape = tuple(batch["latents"].shape[1:]) if "latents" in batch else tuple(config.latent_shape)
     noise = torch.randn(len(first), *shape, generator=Generator().manual_seed(seed))
     x = calls.state(noise).to(first.device)
-    seq_len, temperature = calls.seq_len(x), resolve_temperature("auto", config.nfe)
+    seq_len = calls.seq_len(x)
+    # As the pipelines do: class-conditional students are sampled as they were trained.
+    temperature = None if "class_labels" in batch else resolve_temperature("auto", config.nfe)
     steps = segments(config.nfe, config.final_step_size_scale)
     for index, (raw_t, size) in enumerate(steps):
         start, end = (
