@@ -149,13 +149,13 @@ def test_only_what_is_missing_is_encoded(bases: dict[str, Path], source: Path, t
 def test_mistakes_are_told(bases: dict[str, Path], source: Path, tmp_path: Path) -> None:
     out, base = tmp_path / "out", bases["qwen_image"]
 
-    def told(*options: str, source: Path = source, base: Path = base) -> str:
-        return cache(source, base, out, *options, code=1)
+    def told(*options: str, source: Path = source, base: Path = base, code: int = 1) -> str:
+        return cache(source, base, out, *options, code=code)
 
     assert "not of a FluxPipeline: leave out --pipeline flux" in told("--pipeline", "flux")
     assert "--pipeline must be one of qwen_image, flux, flux2, got 'sd'" in told("--pipeline", "sd")
     assert "--rank must be below --world-size (1), got 2" in told("--rank", "2")
-    assert "--device nowhere cannot be used" in told("--device", "nowhere")
+    assert "--device nowhere cannot be used" in told("--device", "nowhere", code=2)
     assert "There is no file" in told(source=tmp_path / "none.txt")
     (tmp_path / "empty.txt").write_text("\n  \n")
     assert "holds no prompt: it has 3 lines or rows, and not one with text" in told(source=tmp_path / "empty.txt")

@@ -83,7 +83,7 @@ def write_configs(folder: Path) -> None:
 def test_planned_bytes_are_those_of_the_runs(tmp_path: Path) -> None:
     """Item by item and the peak of all, on each of two ranks, within 15%; what is only counted, to the padding."""
     write_configs(tmp_path)
-    with time_limit(240), no_shared_memory_left():
+    with time_limit(600), no_shared_memory_left():
         launch_module(["tests.training.plan_checks", str(tmp_path)], num_processes=2)
     ranks = json.loads((tmp_path / "report.json").read_text())
     assert len(ranks) == 2
