@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from piflow.noise_schedule import NoiseSchedule
+from piflow.pipelines import PiDiTPipeline
 from piflow.policies import DXPolicy
 from piflow.sampler import dx_policy_fn, gm_policy_fn, sample
 from piflow.schedulers import FlowMapSDEScheduler
@@ -62,7 +63,9 @@ def test_samples_what_the_policies_say(name: str, kind: str) -> None:
         policy_fn = gm_policy_fn(network, layout=layout)
     else:
         policy_fn = dx_policy_fn(lambda x, sigma: network(x, sigma).grid, layout=layout)
-    expected = sample(policy_fn, noise, 4, schedule=NoiseSchedule(3.2), final_step_size_scale=0.5, temperature="auto")
+    temperature = None if name == "dit" else "auto"
+    settings = {"schedule": NoiseSchedule(3.2), "final_step_size_scale": 0.5, "temperature": temperature}
+    expected = sample(policy_fn, noise, 4, **settings)
     given = noise.transpose(1, 2).reshape(1, 16, 4, 3) if name == "flux2" else noise
     latents = pipe(**FAMILIES[name].arguments(latents=given)).images
     torch.testing.assert_close(latents, expected, atol=5e-4, rtol=0)
@@ -85,12 +88,17 @@ def test_output_types(family: Family, kind: str) -> None:
 
 @EVERY
 def test_students_draw_on_their_policy(family: Family) -> None:
-    """Temperature, substeps and the number of network evaluations matter; the auto temperature is 0.1 (nfe - 1)."""
+    """Temperature, substeps and the number of network evaluations matter; the auto temperature is 0.1 (nfe - 1).
+
+    It is the default, but for class-conditional students.
+    """
     pipe = family.pipe()
-    auto = pipe(**family.arguments()).images
+    auto = pipe(**family.arguments(temperature="auto")).images
     assert torch.equal(auto, pipe(**family.arguments(temperature=0.1 * 3)).images)
     for change in ({"temperature": None}, {"total_substeps": 16}, {"num_inference_steps": 6}):
-        assert not torch.equal(auto, pipe(**family.arguments(**change)).images)
+        assert not torch.equal(auto, pipe(**family.arguments(**{"temperature": "auto"} | change)).images)
+    usual = {"temperature": None} if isinstance(pipe, PiDiTPipeline) else {"temperature": "auto"}
+    assert torch.equal(pipe(**family.arguments()).images, pipe(**family.arguments(**usual)).images)
     assert torch.equal(
         pipe(**family.arguments(temperature=1.0)).images, pipe(**family.arguments(temperature=None)).images
     )
