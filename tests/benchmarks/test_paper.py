@@ -53,6 +53,8 @@ from piflow.digits.teacher import load_teacher, network_velocity
 from piflow.distillation import imitation_trajectory
 from tests.processes import time_limit
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TINY = Budget(iterations=2, batch_size=8)
 PROTOCOL = Protocol(

@@ -35,6 +35,8 @@ from piflow.digits.teacher import euler_sample
 from piflow.noise_schedule import NoiseSchedule
 from tests.data.bases import save_qwen_image
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def digits_path() -> Trajectory:
