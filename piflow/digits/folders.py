@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from diffusers import DiTTransformer2DModel
 
 Network = TypeVar("Network", bound=DiTTransformer2DModel)
@@ -38,7 +39,7 @@ def load_network(kind: type[Network], folder: Path | str, what: str, remedy: str
         raise FileNotFoundError(f"No {what} in {folder}: {' and '.join(missing)} not found. {remedy}")
     try:
         model, found = kind.from_pretrained(
-            folder, low_cpu_mem_usage=False, use_safetensors=True, output_loading_info=True
+            folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # diffusers, safetensors and json raise many kinds
         raise ValueError(
