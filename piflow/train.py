@@ -18,10 +18,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from piflow.training.config import TrainConfig, load_config
 from piflow.training.errors import TrainingError
 from piflow.training.signals import raise_on_stop
+
+if TYPE_CHECKING:
+    from piflow.training.plan import Plan
 
 PATIENCE = 30
 """Seconds that other ranks give rank 0 to say what went wrong."""
@@ -98,21 +102,27 @@ def _resume_command(arguments: argparse.Namespace, world_size: int) -> str:
     return shlex.join([*settings, *words, *arguments.overrides, "--resume", "latest"])
 
 
-def _dry_run(config: TrainConfig, world_size: int) -> int:
-    """Also where there is no GPU, for a run elsewhere."""
+def planned(config: TrainConfig, world_size: int) -> tuple[dict[str, int], Plan]:
+    """Parameter counts and memory of a run that is not started, also where there is no GPU, for a run elsewhere.
+
+    Raises ConfigError for an optimiser that is not installed.
+    """
     from piflow.training.engine import check_optimizer
     from piflow.training.networks import count_parameters
     from piflow.training.plan import memory_plan
 
-    batches = config.accumulation(world_size)
     check_optimizer(config, needs_gpu=False)
-    counts = count_parameters(config)
+    return count_parameters(config), memory_plan(config, world_size, gpu_memory=math.inf, advise=False)
+
+
+def _dry_run(config: TrainConfig, world_size: int) -> int:
+    batches = config.accumulation(world_size)
+    counts, plan = planned(config, world_size)
     print(config.to_yaml(), end="")
     for name, count in counts.items():
         print(f"# {name}: {count:,} parameters")
     each = config.batch_size_per_rank
     print(f"# batch: {each * world_size * batches} = {each} x {world_size} process(es) x {batches} in turn")
-    plan = memory_plan(config, world_size, gpu_memory=math.inf, advise=False)
     print(f"# memory of each of {world_size} process(es), {plan.peak / 1e9:.3g} GB in all:")
     for item in plan.items:
         print(f"#   {item.bytes / 1e9:.3g} GB {item.name} ({item.what})")

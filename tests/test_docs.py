@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
+import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +22,11 @@ import typer.main
 from PIL import Image
 
 from piflow.cli import app
+from piflow.models.adapter_files import WEIGHTS
+from tests.commands.runs import finished_run
+from tests.data.bases import save_qwen_image
+from tests.golden_vectors import GOLDEN
+from tests.processes import no_shared_memory_left, time_limit
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path for path in (ROOT / "docs").glob("*.md")} | {"README.md": ROOT / "README.md"}
@@ -32,6 +41,37 @@ COMMANDS = [
     for name, path in PAGES.items()
     for line in re.findall(r"^ {4}((?:piflow|python|make|deepspeed) .*)$", path.read_text(), re.MULTILINE)
 ]
+
+NOT_RUN_HERE = {
+    r"piflow app --\w+": "needs a download",
+    r"piflow evaluate samples.npz .*--inception": "needs a download",
+    r"piflow train configs/qwen_image/\S+ --processes 8": "needs GPUs",
+    r"piflow train configs/digits/\S+ (\[|--processes|iterations)": "takes minutes; `make demo` trains all of them",
+    r"piflow evaluate outputs/\S+ --nfe 4 .*--seeds 0-2": "takes minutes; the README's, with one seed, is run",
+    r"piflow cache-latents": "takes minutes at this size on a CPU: tests/data",
+    r"piflow app": "serves until Ctrl-C: tests/apps/test_web.py",
+}
+"""Beginnings of commands of the pages, and why these tests only parse them."""
+MARKS = {
+    r"piflow train configs/tiny": pytest.mark.launcher,
+    r"piflow (sample|evaluate .*--features|cache-prompts|export|plan|train configs/digits)": pytest.mark.slow,
+}
+RUN_HERE = [
+    pytest.param(line, id=line, marks=[mark for beginning, mark in MARKS.items() if re.match(beginning, line)])
+    for line in sorted({line for _, line in COMMANDS})
+    if line.startswith("piflow ") and not any(re.match(beginning, line) for beginning in NOT_RUN_HERE)
+]
+
+
+BEFORE: dict[str, Callable[[Path], object]] = {
+    "outputs/digits/nfe4": finished_run,
+    "outputs/train/qwen-image-gm-4nfe-data-free": lambda folder: shutil.copytree(GOLDEN / "g08_gmqwen", folder),
+    "my-adapter": lambda folder: shutil.copytree(GOLDEN / "g08_export_gmqwen", folder),
+    WEIGHTS: lambda file: shutil.copy(GOLDEN / "g08_export_gmqwen" / WEIGHTS, file),
+    "models/Qwen-Image": save_qwen_image,
+    "prompts.txt": lambda file: file.write_text("a cat\na dog\n"),
+}
+"""What the pages have made, or expect to be there, before a command reads it; here at tiny size."""
 
 
 @pytest.mark.parametrize("name", sorted(name for name in BLOCKS if BLOCKS[name] and name not in OWN_TESTS))
@@ -62,6 +102,39 @@ def test_a_command_of_a_page_exists_with_its_options(page: str, command: str) ->
     elif "-m" in arguments or "--module" in arguments:
         option = "-m" if "-m" in arguments else "--module"
         assert importlib.util.find_spec(arguments[arguments.index(option) + 1]) is not None
+
+
+@pytest.mark.parametrize("command", RUN_HERE)
+def test_a_command_of_a_page_runs(command: str, tmp_path: Path) -> None:
+    """As it stands, in a shell, offline."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    words = shlex.split(command)
+    read = [word for before, word in pairwise(words) if before not in ("--out", "--out-dir")]
+    for name, make in BEFORE.items():
+        if any(word == name or word.startswith(f"{name}/") for word in read):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            make(tmp_path / name)
+    environment = {
+        **os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    with time_limit(300), no_shared_memory_left():
+        done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    if "--json" in words:
+        assert json.loads(done.stdout)
+    if words[1] == "sample":
+        with Image.open(tmp_path / done.stdout.strip()) as grid:
+            assert grid.convert("L").getextrema() == (0, 255)
+    if "--out" in words or "--out-dir" in words:
+        made = words[max(words.index(option) for option in ("--out", "--out-dir") if option in words) + 1]
+        assert any((tmp_path / made).iterdir())
+
+
+def test_what_is_not_run_is_on_the_pages() -> None:
+    lines = [line for _, line in COMMANDS]
+    for beginning in (*NOT_RUN_HERE, *MARKS):
+        assert any(re.match(beginning, line) for line in lines), beginning
 
 
 @pytest.mark.parametrize("page", sorted(PAGES))

@@ -26,6 +26,7 @@ from piflow import pipelines
 
 from .latents import QWEN_IMAGE_GUIDANCE, decode, spatial, start_noise, vae_latents
 from .places import split_repository
+from .sizes import LONGEST_SIDE
 
 CATEGORY = "pi-Flow"
 PIPELINE = "PIFLOW_PIPELINE"
@@ -174,7 +175,7 @@ class PiFlowSample:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        side = {"default": 1024, "min": 16, "max": 4096, "step": 16}
+        side = {"default": 1024, "min": 16, "max": LONGEST_SIDE, "step": 16}
         return {
             "required": {
                 "pipeline": (PIPELINE,),

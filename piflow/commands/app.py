@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from threading import Event
 from typing import Annotated
@@ -37,8 +39,14 @@ def app(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="By default the first free one from 7860 on.")
     ] = None,
-    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+    browser: Annotated[
+        bool | None,
+        typer.Option("--browser/--no-browser", help="Open the page in a browser. By default yes, with --json no."),
+    ] = None,
     max_queue: Annotated[int, typer.Option(min=1, help="How many people may wait for a picture.")] = 64,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print address and models as one line of JSON, once the page is served.")
+    ] = False,
 ) -> None:
     """Open the web demo: handwritten digits on any machine, and the text-to-image models that are named.
 
@@ -47,7 +55,8 @@ def app(
     """
     with told():
         check_address(host, port)
-        with progress() as bars, quiet_libraries():
+        log = sys.stderr if as_json else sys.stdout
+        with redirect_stdout(log), progress() as bars, quiet_libraries():
             task = bars.add_task("loading", total=None)
             import torch
 
@@ -64,9 +73,10 @@ def app(
                 bars.update(task, description=f"loading {places[0]} and {places[1]}")
                 shown[family] = models.load_text_model(family, *places, device=device, dtype=precision, offload=offload)
         demo = page.build(shown, max_queue)
-        address = page.launch(demo, host=host, port=port, browser=browser)
+        address = page.launch(demo, host=host, port=port, browser=not as_json if browser is None else browser)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which clears up, too
-        print(f"The web demo is at {address} (Ctrl-C ends it)", flush=True)
+        served = {"url": address, "models": {name: model.facts() for name, model in shown.items()}}
+        print(json.dumps(served) if as_json else f"The web demo is at {address} (Ctrl-C ends it)", flush=True)
         try:
             Event().wait()
         finally:

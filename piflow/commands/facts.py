@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from piflow.json_files import read_json_object
 
 CONFIG, PIPELINE, MANIFEST, SHARDS, RUN = "config.json", "model_index.json", "manifest.json", "plan.json", "config.yaml"
+RECIPE = "recipe.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 LORA = re.compile(r"\.lora_(?P<side>[AB])(\.[^.]+)?\.(weight|bias)$")
 OTHER_LORA = re.compile(r"lora[_.](up|down|te|unet|transformer)")
@@ -120,7 +121,8 @@ def _model(path: Path, config: Facts, weights: Weights) -> Facts:
         facts |= {"kind": "adapter" if lora or not body else "student", "policy": kind}
         facts |= _gm(config, weights) if kind == "GMFlow" else _dx(name, config, policy, weights)
         facts["base_model"] = _base_of(name)
-        facts |= {"trained_nfe": policy.get("nfe") or _nfe_of_run(path), "policy_config": policy or None}
+        nfe = policy.get("nfe") or _nfe_beside(path) or _nfe_of_segments(policy)
+        facts |= {"trained_nfe": nfe, "policy_config": policy or None}
     facts |= {key: config[key] for key in (*ARCHITECTURE, "patch_size", "sample_size") if config.get(key) is not None}
     if lora:
         facts["lora"] = _lora(path, lora, weights)
@@ -200,7 +202,7 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
     if not isinstance(manifest.get("config"), dict):
         problems.append(f"{MANIFEST} lacks the configuration: an earlier version of piflow wrote it")
     facts: Facts = {"kind": "checkpoint", "path": str(path), "iteration": manifest.get("iteration")}
-    facts |= {"samples_seen": manifest.get("position"), "loss": _loss(manifest.get("loss"))}
+    facts |= {"samples_seen": manifest.get("position"), "loss": loss_of(manifest)}
     facts |= {"processes": manifest["world_size"], **_run(manifest.get("config") or {})}
     facts |= {"bytes": sum(said.get("size", 0) for said in files.values()), "files": len(files)}
     facts |= {"whole": not problems, "problems": problems or None, "checked": "hashes" if verify else "sizes"}
@@ -249,21 +251,31 @@ def _run(config: Facts) -> Facts:
     return facts
 
 
-def _nfe_of_run(student: Path) -> int | None:
+def _nfe_beside(student: Path) -> int | None:
+    """What the training of a student says: the recipe that it is shipped with, or the configuration of its run."""
     folder = student if student.is_dir() else student.parent
-    run = folder.parent / RUN
-    if folder.name != "student" or not run.is_file():
-        return None
-    return _training_nfe(run)
+    if (folder / RECIPE).is_file():
+        return _nfe_in(folder / RECIPE, "config", "distillation", "nfe")
+    return _nfe_in(folder.parent / RUN, "distillation", "nfe") if folder.name == "student" else None
 
 
-def _training_nfe(run: Path) -> int | None:
+def _nfe_in(file: Path, *keys: str) -> int | None:
+    """The entry of a YAML or JSON file; None where there is none, or where the file is somebody else's."""
     import yaml
 
     try:
-        return yaml.safe_load(run.read_text())["distillation"]["nfe"]
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):  # somebody else's config.yaml
+        found = yaml.safe_load(file.read_text())
+        for key in keys:
+            found = found[key]
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):
         return None
+    return found if isinstance(found, int) else None
+
+
+def _nfe_of_segments(policy: Facts) -> int | None:
+    """What a DX policy's segments make: 1 / segment_size is nfe - 1 and the last one's scale, which is at most 1."""
+    size = policy.get("segment_size")
+    return math.ceil(1 / size - 1e-3) if isinstance(size, int | float) and 0 < size <= 1 else None
 
 
 def _file_problem(file: Path, said: Any, verify: bool) -> str | None:
@@ -278,11 +290,13 @@ def _file_problem(file: Path, said: Any, verify: bool) -> str | None:
     return None
 
 
-def _loss(text: Any) -> float | None:
+def loss_of(manifest: Facts) -> float | None:
+    """The loss of a checkpoint's last iteration; None where it is not finite, which JSON has no number for."""
     try:
-        return float.fromhex(text)
-    except (TypeError, ValueError):
+        loss = float.fromhex(manifest["loss"])
+    except (KeyError, TypeError, ValueError):
         return None
+    return loss if math.isfinite(loss) else None
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import piflow
+from piflow.apps.sizes import LONGEST_SIDE, too_large
 from piflow.commands.common import (
     AsJson,
     Device,
@@ -63,7 +64,11 @@ def sample(
         int | None, typer.Option(min=1, help="Network evaluations. By default what the student was trained for.")
     ] = None,
     size: Annotated[
-        str | None, typer.Option(metavar="WxH", help="Pixels, such as 1664x928 or 1024. By default the pipeline's.")
+        str | None,
+        typer.Option(
+            metavar="WxH",
+            help=f"Pixels, such as 1664x928 or 1024, at most {LONGEST_SIDE} a side. By default the pipeline's.",
+        ),
     ] = None,
     temperature: Annotated[
         str | None,
@@ -303,7 +308,10 @@ def _h(text: str | None) -> float | str | None:
 def _width_and_height(size: str | None) -> dict[str, int]:
     if size is None:
         return {}
-    found = re.fullmatch(r"(\d+)(?:x(\d+))?", size)
+    found = re.fullmatch(r"([0-9]{1,9})(?:x([0-9]{1,9}))?", size)
     if not found:
         raise UsageError(f"--size: expected width x height such as 1664x928, or one number, got {size}")
-    return {"width": int(found[1]), "height": int(found[2] or found[1])}
+    width, height = int(found[1]), int(found[2] or found[1])
+    if max(width, height) > LONGEST_SIDE:
+        raise UsageError(too_large("--size", max(width, height)))
+    return {"width": width, "height": height}

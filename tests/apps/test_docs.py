@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 from piflow.apps.comfyui import NODE_CLASS_MAPPINGS
 from piflow.cli import app
@@ -23,8 +24,8 @@ def test_blocks_run_and_pictures_exist(page: str) -> None:
 
 
 def test_options_of_the_command() -> None:
-    (command,) = (command.callback for command in app.registered_commands if command.callback.__name__ == "app")
-    options = {f"--{name.replace('_', '-')}" for name in command.__annotations__} | {"--no-browser"}
+    parameters = get_command(app).commands["app"].params
+    options = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", WEB))
     assert named
     assert named <= options

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from piflow.apps.places import split_repository
-from piflow.apps.web.generation import LONGEST_SIDE, Request, Stopped, draw, reference, sheet
+from piflow.apps.sizes import LONGEST_SIDE
+from piflow.apps.web.generation import Request, Stopped, draw, reference, sheet
 from piflow.apps.web.models import FAMILIES, DigitsModel, Model, load_digits, load_text_model
 from piflow.digits.teacher import euler_sample, load_teacher, teacher_velocity
 from piflow.noise_schedule import NoiseSchedule
@@ -205,7 +206,8 @@ def test_without_the_trajectory(digits: DigitsModel) -> None:
         ("flux", {"prompt": "\n"}, "The prompt is empty: say what the picture should show"),
         ("flux", {"width": None}, "Width is empty"),
         ("flux", {"height": 21}, "Height: 21 is no multiple of 4; next to it are 20 and 24"),
-        ("flux", {"width": 1e9}, f"Width: expected a whole number from 4 to {LONGEST_SIDE}, got 1000000000"),
+        ("flux", {"width": 1e9}, f"Width: expected at most {LONGEST_SIDE} pixels a side, got 1000000000.*1 to 4 mega"),
+        ("flux", {"height": LONGEST_SIDE + 4}, f"Height: expected at most {LONGEST_SIDE} pixels a side, got 2052"),
         ("flux", {"temperature": -1.0}, "temperature"),
     ],
 )

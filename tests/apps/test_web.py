@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import re
 import shutil
 import signal
@@ -135,11 +137,23 @@ class Visitor:
         image.wait_for()
         if other_than is not None:
             expect(image).not_to_have_attribute("src", other_than, timeout=60_000)
-        expect(self.part("draw")).to_be_enabled()
+        tracker = self.part(f"{network}-image").get_by_test_id("status-tracker")
+        expect(tracker).to_have_class(re.compile(r"\bhide\b"))  # all that was asked for is there
         source = image.get_attribute("src")
         loaded = "place => (image => image.complete && image.naturalWidth > 0)(document.querySelector(place))"
         self.page.wait_for_function(loaded, arg=f"#{self.name}-{network}-image img")
         return source, Image.open(io.BytesIO(self.context.request.get(source).body()))
+
+    def shows(self, network: str, picture: Image.Image) -> bool:
+        """Whether this picture, of its own size, is in the middle of the network's place on the screen: uncovered."""
+        image = self.part(f"{network}-image").locator("img")
+        image.wait_for()
+        shown = Image.open(io.BytesIO(image.screenshot()))
+        left, top = (shown.width - picture.width) // 2, (shown.height - picture.height) // 2
+        middles = [
+            (left + i, top + j, left + i + picture.width, top + j + picture.height) for i in (0, 1) for j in (0, 1)
+        ]
+        return any(same(shown.crop(middle), picture) for middle in middles)
 
     def is_told(self, message: str) -> None:
         toast = self.page.locator(".toast-body").filter(has_text=message)
@@ -181,10 +195,7 @@ def test_digits(visit: Callable[..., Visitor], models: dict[str, Model], tmp_pat
     assert same(seen, theirs)
     assert np.asarray(seen).std() > 40  # neither blank nor grey
     visitor.page.screenshot(path=tmp_path / "page.png")
-    shown = Image.open(io.BytesIO(visitor.part("student-image").locator("img").screenshot()))
-    left, top = (shown.width - seen.width) // 2, (shown.height - seen.height) // 2
-    middles = [(left + i, top + j, left + i + seen.width, top + j + seen.height) for i in (0, 1) for j in (0, 1)]
-    assert any(same(shown.crop(middle), theirs) for middle in middles)  # as it is to be seen on the screen
+    assert visitor.shows("student", theirs)
 
     with visitor.page.expect_download() as download:
         visitor.click("student-png")
@@ -215,6 +226,70 @@ def test_side_by_side(visit: Callable[..., Visitor], models: dict[str, Model]) -
     expect(visitor.part("base-image")).to_be_hidden()
     visitor.choose("Base").click().sees("base")
     expect(visitor.part("student-image")).to_be_hidden()
+
+
+def test_the_students_picture_comes_first(visit: Callable[..., Visitor], models: dict[str, Model]) -> None:
+    """While the base model is still drawing it is to be seen, with all that belongs to it, and nothing over it."""
+    request = Request("5", seed=2, width=96, nfe=2, total_substeps=64, temperature=1)
+    student, base = (draw(models["digits"], network, request).image for network in ("student", "base"))
+    visitor = visit().type(prompt="5", seed="1", nfe="2").choose("Both").click()
+    visitor.sees("base")  # of an earlier request, which is not to stand beside the new one
+    gate = Event()
+
+    def held(*_: Any) -> None:
+        gate.wait(60)
+
+    hook = models["digits"].networks["base"].register_forward_pre_hook(held)
+    try:
+        visitor.type(seed="2").click()
+        expect(visitor.part("base-image")).to_contain_text("Base model, step 1 of 2")
+        expect(visitor.part("base-image").locator("img")).to_have_count(0)
+        expect(visitor.part("base-caption")).to_have_text("")
+        expect(visitor.part("base-steps")).to_be_hidden()
+        assert visitor.shows("student", student)
+        expect(visitor.part("student-image").get_by_test_id("status-tracker")).to_be_hidden()
+        expect(visitor.part("student-caption")).to_contain_text("2 steps, 2 network evaluations, ")
+        expect(visitor.part("student-steps").locator("figcaption")).to_have_count(2)
+        with visitor.page.expect_download() as download:
+            visitor.click("student-png")
+        assert read_settings(download.value.path())["seed"] == 2
+    finally:
+        gate.set()
+        hook.remove()
+    assert same(visitor.sees("base")[1], base)
+    assert visitor.shows("student", student)
+    expect(visitor.part("base-caption")).to_contain_text("2 steps, 4 network evaluations (guidance), ")
+
+
+def test_stop_while_the_base_model_draws(visit: Callable[..., Visitor], models: dict[str, Model]) -> None:
+    """What is finished stays, and the next picture's progress is shown as ever."""
+    gate, evaluations = Event(), []
+
+    def held(*_: Any) -> None:
+        evaluations.append(len(evaluations))
+        gate.wait(60)
+
+    visitor = visit().type(prompt="1", nfe="4").choose("Both")
+    hook = models["digits"].networks["base"].register_forward_pre_hook(held)
+    try:
+        visitor.click()
+        expect(visitor.part("base-image")).to_contain_text("Base model, step 1 of 4")
+        with visitor.page.expect_response("**/run/predict"):
+            visitor.click("stop")
+        gate.set()
+        expect(visitor.part("base-image")).not_to_contain_text("step 1 of 4")
+        with models["digits"].lock:
+            assert evaluations == [0, 1]  # of one step: with and without the class
+    finally:
+        gate.set()
+        hook.remove()
+    request = Request("1", width=96, total_substeps=64, temperature=1)
+    assert visitor.shows("student", draw(models["digits"], "student", request).image)
+    expect(visitor.part("base-image").locator("img")).to_have_count(0)
+    with models["digits"].lock:  # the model is busy
+        visitor.type(prompt="2").choose("Student").click()
+        expect(visitor.part("student-image").get_by_test_id("status-tracker")).to_be_visible()
+    visitor.sees()
 
 
 def test_what_is_wrong_is_said_on_the_page(visit: Callable[..., Visitor]) -> None:
@@ -400,21 +475,36 @@ def test_a_port_that_is_taken() -> None:
     assert f"Nothing can listen at 127.0.0.1, port {port}: Address already in use. Give another --port." in done.output
 
 
-def test_the_command(tmp_path: Path) -> None:
-    """`piflow app` says where the page is, serves it, and ends with Ctrl-C."""
-    words = [sys.executable, "-m", "piflow.cli", "app", "--no-browser"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("options", "opened"), [([], True), (["--no-browser"], False), (["--json"], False), (["--json", "--browser"], True)]
+)
+def test_the_command(options: list[str], opened: bool, tmp_path: Path) -> None:
+    """`piflow app` says where the page is, opens it, serves it, and ends with Ctrl-C."""
+    (tmp_path / "browser").write_text(f"#!/bin/sh\necho $1 > {tmp_path / 'opened'}\n")
+    (tmp_path / "browser").chmod(0o755)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "piflow.cli", "app", *options],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        env={**os.environ, "BROWSER": str(tmp_path / "browser")},
+    )  # fmt: skip
     try:
         said = process.stdout.readline()
-        found = re.fullmatch(r"The web demo is at (http://127\.0\.0\.1:\d+/) \(Ctrl-C ends it\)\n", said)
-        assert found, said
-        assert b"pi-Flow" in urllib.request.urlopen(found[1]).read()
+        if "--json" in options:
+            found = json.loads(said)
+            digits = {"title": "Digits", "base": "digits-teacher", "adapter": "student-nfe4", "nfe": 4}
+            assert found == {"url": found["url"], "models": {"digits": digits}}
+            address = found["url"]
+        else:
+            address = re.fullmatch(r"The web demo is at (\S+) \(Ctrl-C ends it\)\n", said)[1]
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address)
+        assert b"pi-Flow" in urllib.request.urlopen(address).read()
         process.send_signal(signal.SIGINT)
-        _, complaints = process.communicate(timeout=30)
+        rest, complaints = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert (process.returncode, rest) == (130, "")
     assert "Traceback" not in complaints
+    assert (tmp_path / "opened").exists() == opened
 
 
 @pytest.mark.parametrize(

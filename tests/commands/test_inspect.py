@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from piflow.apps.png import save_png
 from piflow.cli import app
+from piflow.digits.teacher import SHIPPED_WEIGHTS
 from piflow.models.adapter_files import CONFIG, WEIGHTS
 from tests.commands.runs import finished_run
 from tests.data.bases import save_qwen_image
@@ -75,6 +77,34 @@ def test_dx_student_and_what_its_metadata_says(tmp_path: Path) -> None:
     found = facts(tmp_path / "x")
     assert (found["mode"], found["segment_size"], found["shift"], found["trained_nfe"]) == ("polynomial", 0.25, 3.2, 4)
     assert list(found["dtypes"]) == ["BF16"]
+
+
+def test_trained_nfe_of_a_shipped_student_is_in_its_recipe(tmp_path: Path) -> None:
+    shipped = SHIPPED_WEIGHTS.with_name("student-nfe4")
+    assert facts(shipped)["trained_nfe"] == facts(shipped / WEIGHTS)["trained_nfe"] == 4
+    for name in (CONFIG, WEIGHTS):
+        shutil.copy(shipped / name, tmp_path)
+    assert re.search(r"^trained nfe +not stated$", inspect(tmp_path)[1], re.MULTILINE)
+    (tmp_path / "recipe.json").write_text('["somebody else\'s"]')
+    assert facts(tmp_path)["trained_nfe"] is None
+
+
+@pytest.mark.parametrize(("segment_size", "nfe"), [(1 / 3.5, 4), (0.25, 4), (1 / 7.5, 8), (0.1333, 8), (1.0, 1)])
+def test_trained_nfe_of_a_dx_policy_is_in_its_segments(tmp_path: Path, segment_size: float, nfe: int) -> None:
+    """One segment for each evaluation, the last one perhaps shorter, as in the published adapters."""
+    shutil.copy(GOLDEN / "g08_dxqwen_grid" / CONFIG, tmp_path)
+    policy = {"type": "DX", "segment_size": segment_size, "shift": 3.2}
+    tensors = load_file(GOLDEN / "g08_dxqwen_grid" / WEIGHTS)
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"policy_config": json.dumps(policy)})
+    assert facts(tmp_path)["trained_nfe"] == nfe
+
+
+def test_a_loss_that_is_not_finite_is_no_number(tmp_path: Path) -> None:
+    """JSON has none for it."""
+    step = finished_run(tmp_path) / "checkpoints" / "step_000002"
+    manifest = step / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"loss": "nan"}))
+    assert facts(step)["loss"] is None
 
 
 def test_sharded_weights_count_as_one(tmp_path: Path) -> None:

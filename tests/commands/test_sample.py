@@ -174,6 +174,8 @@ def test_prompts_with_an_adapter_and_without(qwen: dict[str, Path], tmp_path: Pa
         (["digits", "--temperature", "warm"], "--temperature: expected a number from 0 on, auto or none, got warm"),
         (["digits", "--h", "-1"], "--h: expected a number from 0 on, or inf, got -1"),
         (["digits", "--size", "wide"], "--size: expected width x height"),
+        (["no such model", "--size", "1024x2049"], "--size: expected at most 2048 pixels a side, got 2049. The models"),
+        (["no such model", "--size", "99999999"], "1 to 4 megapixels: larger ones repeat what they show"),
         (["digits", "--device", "moon"], "--device moon cannot be used"),
         (["digits", "--adapter", "x"], "--adapter goes on the pipeline of a base model, not on digits."),
         (["digits-teacher", "--h", "1"], "--substeps, --temperature and --h are a student's"),

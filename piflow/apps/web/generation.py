@@ -13,10 +13,10 @@ from PIL import Image, ImageOps
 
 import piflow
 from piflow.apps.latents import Trajectory, decode, start_noise
+from piflow.apps.sizes import LONGEST_SIDE, too_large
 
 from .models import DigitsModel, Model, Network, TextModel
 
-LONGEST_SIDE = 2048
 MOST_STEPS = 64
 MOST_DIGITS = 20
 DIGITS_IN_A_ROW = 5
@@ -163,6 +163,8 @@ def whole(name: str, value: float | None, least: int, most: int) -> int:
 
 def pixels(name: str, value: float | None, multiple: int) -> int:
     """A width or height that divides into the model's tokens. Raises ValueError that names the control."""
+    if value is not None and value > LONGEST_SIDE:
+        raise ValueError(too_large(name, value))
     side = whole(name, value, multiple, LONGEST_SIDE)
     if side % multiple:
         below = side // multiple * multiple

@@ -53,6 +53,10 @@ class Model:
             self.switch(network)
             yield self.pipe
 
+    def facts(self) -> dict[str, Any]:
+        """What is shown here, for JSON."""
+        return {"title": self.title, "base": self.base, "adapter": self.adapter, "nfe": self.nfe}
+
     def switch(self, network: Network) -> None:
         """Make the student or the base the pipeline's transformer."""
         if network == "student":

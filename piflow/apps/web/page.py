@@ -8,26 +8,32 @@ from __future__ import annotations
 import html
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from threading import Event
 from typing import Any, Literal
 
 import gradio as gr
 import torch
 
+from piflow.apps.sizes import LONGEST_SIDE
+
 from . import panel
-from .generation import LARGEST_SEED, LONGEST_SIDE, Picture, Request, Stopped, draw, reference
+from .generation import LARGEST_SEED, Request, Stopped, draw, reference
 from .models import DigitsModel, Flux2Model, Model, Network, TextModel
-from .panel import TITLES, Panel
+from .panel import TITLES, Panel, arranged
 
 CHOICES: dict[str, tuple[Network, ...]] = {"Student": ("student",), "Base": ("base",), "Both": ("student", "base")}
 HOUR = 3600
 
-SHOW_RESULTS = """() => {
+BEGIN = """() => {
     const results = document.getElementById("%s");
     if (results.getBoundingClientRect().top > innerHeight / 2) results.scrollIntoView({behavior: "smooth"});
+    const nothingFinished = {__type__: "update", elem_classes: []};
+    return [nothingFinished, nothingFinished];
 }"""
-"""On a narrow screen the pictures, and how far they are, lie below the controls."""
+"""On a narrow screen the pictures, and how far they are, lie below the controls. No column is `finished`, as one stays
+that was stopped while the other was being drawn.
+"""
 
 INTRODUCTION = """# pi-Flow
 In each step the student's network is evaluated once. What it returns is a *policy*, a formula for the velocity at \
@@ -44,14 +50,14 @@ def build(models: dict[str, Model], max_queue: int = 64) -> gr.Blocks:
 
     One text-to-image picture is made at a time, and one of digits; others wait in a queue that shows their place in it.
     """
-    running: dict[str, Event] = {}
+    running: dict[str, dict[str, Event]] = {name: {} for name in models}
     with gr.Blocks(title="pi-Flow", analytics_enabled=False, delete_cache=(HOUR, 24 * HOUR)) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Tabs():
             for name, model in models.items():
                 with gr.Tab(model.title, id=name):
-                    _tab(page, name, model, running)
-        page.unload(_stopper(running))
+                    _tab(page, name, model, running[name])
+        page.unload(_stopper(*running.values()))
     return page.queue(max_size=max_queue)
 
 
@@ -96,7 +102,8 @@ def _tab(page: gr.Blocks, name: str, model: Model, running: dict[str, Event]) ->
             panels = [Panel.lay_out(name, network, digits=digits) for network in TITLES]
     start, stop = controls.pop("start"), controls.pop("stop")
     asked = [start.click, controls["prompt"].submit]
-    gr.on(asked, None, js=SHOW_RESULTS % f"{name}-results", queue=False, api_visibility="private")
+    columns = [panel.column for panel in panels]
+    gr.on(asked, None, None, columns, js=BEGIN % f"{name}-results", queue=False, api_visibility="private")
     drawing = gr.on(
         asked,
         _drawer(page, model, panels, running),
@@ -203,7 +210,9 @@ def _controls(name: str, model: Model) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _drawer(page: gr.Blocks, model: Model, panels: list[Panel], running: dict[str, Event]) -> Callable[..., list[Any]]:
+def _drawer(
+    page: gr.Blocks, model: Model, panels: list[Panel], running: dict[str, Event]
+) -> Callable[..., Iterator[list[Any]]]:
     def drawing(
         prompt: str | None,
         references: list[Any] | None,
@@ -218,21 +227,25 @@ def _drawer(page: gr.Blocks, model: Model, panels: list[Panel], running: dict[st
         trajectory: bool,
         session: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio looks for it here
-    ) -> list[Any]:
+    ) -> Iterator[list[Any]]:
+        """Each picture is shown as soon as it is there; the last value is all of them."""
         sharpened: float | Literal["auto"] = "auto" if automatic else temperature
         stopped = running[str(session.session_hash)] = Event()
-        drawn: dict[Network, Picture] = {}
+        finished: dict[Network, list[Any]] = {}
         try:
             pictures = [reference(path) for path, _ in references or ()]
             request = Request(prompt or "", seed, width, height, nfe, total_substeps, sharpened, pictures, trajectory)
-            for network in CHOICES[shown]:
+            chosen = [panel for panel in panels if panel.network in CHOICES[shown]]
+            for number, panel in enumerate(chosen, start=1):
 
-                def on_step(done: int, steps: int, title: str = TITLES[network]) -> None:
+                def on_step(done: int, steps: int, title: str = TITLES[panel.network]) -> None:
                     if stopped.is_set() or not page.is_running:
                         raise Stopped
                     progress((done, steps), desc=f"{title}, step {min(done + 1, steps)} of {steps}", unit="steps")
 
-                drawn[network] = draw(model, network, request, on_step)
+                finished[panel.network] = panel.contents(draw(model, panel.network, request, on_step))
+                if awaited := [later.network for later in chosen[number:]]:
+                    yield arranged(panels, finished, awaited)
         except Stopped:
             pass  # nobody waits for what comes back
         except ValueError as error:
@@ -244,20 +257,15 @@ def _drawer(page: gr.Blocks, model: Model, panels: list[Panel], running: dict[st
             gr.Warning("Something went wrong on the server. Its log says what.")
         finally:
             running.pop(str(session.session_hash), None)
-        if not drawn:
-            return [gr.skip() for panel in panels for _ in panel.outputs]
-        return [
-            update
-            for panel in panels
-            for update in (panel.shown(drawn[panel.network]) if panel.network in drawn else panel.hidden())
-        ]
+        yield arranged(panels, finished) if finished else [gr.skip() for panel in panels for _ in panel.outputs]
 
     return drawing
 
 
-def _stopper(running: dict[str, Event]) -> Callable[[gr.Request], None]:
+def _stopper(*running: dict[str, Event]) -> Callable[[gr.Request], None]:
     def stop(session: gr.Request) -> None:
-        if (event := running.get(str(session.session_hash))) is not None:
-            event.set()
+        for events in running:
+            if (event := events.get(str(session.session_hash))) is not None:
+                event.set()
 
     return stop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,9 @@ CSS = """
 .steps img { width: 100%; display: block; border-radius: 4px; }
 .steps figcaption { font-size: 13px; color: var(--body-text-color); padding: 2px 0 4px; }
 .pixelated img { image-rendering: pixelated; }
+.finished [data-testid=status-tracker] { display: none; }
 """
+"""`finished`: the picture is to be seen, and not how far the other one is."""
 
 
 @dataclass(frozen=True)
@@ -69,23 +72,35 @@ class Panel:
 
     @property
     def outputs(self) -> list[Any]:
-        """The components that `shown` and `hidden` are values of."""
+        """The components that `arranged` has values for: the column, and what `contents` and `empty` are values of."""
         return [self.column, self.image, self.caption, self.download, self.steps]
 
-    def shown(self, picture: Picture) -> list[Any]:
-        """The components with this picture."""
+    def contents(self, picture: Picture) -> list[Any]:
+        """What is in the column with this picture."""
         buffer = io.BytesIO()
         save_png(picture.image, buffer, picture.settings)
         title = f"piflow-{self.name}-{self.network}-{picture.settings['nfe']}-steps-seed-{picture.settings['seed']}.png"
         file = processing_utils.save_bytes_to_cache(buffer.getvalue(), title, self.image.GRADIO_CACHE)
         download = gr.update(value=file, interactive=True)
         steps = gr.update(value=strip(picture.steps), visible=bool(picture.steps))
-        return [gr.update(visible=True), file, caption_of(picture), download, steps]
+        return [file, caption_of(picture), download, steps]
 
-    def hidden(self) -> list[Any]:
-        """The components, out of sight and without a picture."""
-        download = gr.update(value=None, interactive=False)
-        return [gr.update(visible=False), None, "", download, gr.update(value="", visible=False)]
+    def empty(self) -> list[Any]:
+        """What is in the column without a picture."""
+        return [None, "", gr.update(value=None, interactive=False), gr.update(value="", visible=False)]
+
+
+def arranged(
+    panels: Iterable[Panel], finished: Mapping[Network, list[Any]], awaited: Collection[Network] = ()
+) -> list[Any]:
+    """Values for the panels' `outputs`: what is `finished`, room for what is `awaited`, and nothing else."""
+    values = []
+    for panel in panels:
+        contents = finished.get(panel.network)
+        classes = ["finished"] if contents and awaited else []
+        values.append(gr.update(visible=bool(contents) or panel.network in awaited, elem_classes=classes))
+        values += contents or panel.empty()
+    return values
 
 
 def caption_of(picture: Picture) -> str:
