@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.candidates import Graphed
 from benchmarks.correctness import judge
 from benchmarks.memory import is_out_of_memory, keep_freed_memory, peak_bytes
 from benchmarks.operations import REFERENCE, Builder, Case, Operation
@@ -30,13 +31,18 @@ PROBE_BATCH = 8
 """Samples from which the time of the whole batch is estimated."""
 
 
+RECORDED = "forward, recorded"
+"""A forward pass that keeps what its backward pass needs."""
+PASSES = ("forward", RECORDED, "backward", "both")
+
+
 @dataclass(frozen=True)
 class Settings:
-    """seconds: for timing one candidate. longest: seconds that one call of the textbook may take."""
+    """seconds: for timing one candidate. longest: seconds that the textbook's first call, in fresh memory, may take."""
 
     device: str = "cpu"
     seconds: float = 1.0
-    longest: float = 4.0
+    longest: float = 7.0
     least_rounds: int = 3
 
 
@@ -65,15 +71,16 @@ def stages_of(operation: Operation, candidate: str, cotangent: Cotangent | None 
     return [forward, backward]
 
 
-def cotangent_of(operation: Operation) -> Cotangent:
-    """Drawn once, from the shape of the result; a slice of the batch gets its slice."""
+def cotangent_of(operation: Operation, index: Tensor | None = None) -> Cotangent:
+    """Drawn once, from the shape of the result; some samples get what they have in the batch."""
     drawn: list[Tensor] = []
 
     def cotangent(result: Tensor) -> Tensor:
         if not drawn:
             g = torch.Generator().manual_seed(1)
-            drawn.append(torch.randn(operation.batch, *result.shape[1:], generator=g).to(result.device))
-        return drawn[0][: len(result)].to(result.dtype)
+            whole = torch.randn(operation.batch, *result.shape[1:], generator=g)
+            drawn.append((whole if index is None else whole[index]).to(result.device))
+        return drawn[0].to(result.dtype)
 
     return cotangent
 
@@ -85,14 +92,18 @@ def results_of(stages: Stages) -> list[Tensor]:
     return value if isinstance(value, list) else [value]
 
 
-def exact_and_textbook(operation: Operation) -> tuple[list[Tensor], list[Tensor]]:
-    """Value and gradients of the first samples, in float64 and in float32, of the textbook."""
+def checked_samples(operation: Operation) -> Tensor:
+    """Those whose results are compared, the first and the last among them where there are two: (count,)."""
     per_sample = max(v[0].numel() for v in operation.problem.values() if isinstance(v, Tensor))
     count = min(max(EXACT_ELEMENTS // per_sample, 1), operation.batch)
-    single = operation.samples(count)
-    double = {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in single.items()}
+    return torch.linspace(0, operation.batch - 1, count, dtype=torch.float64).round().long()
 
-    cotangent = cotangent_of(operation)
+
+def exact_and_textbook(operation: Operation, index: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Value and gradients of some samples, in float64 and in float32, of the textbook."""
+    single = operation.samples(index)
+    double = {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in single.items()}
+    cotangent = cotangent_of(operation, index)
 
     def of(problem: dict[str, Any]) -> list[Tensor]:
         return results_of(stages_of(replace(operation, problem=problem), REFERENCE, cotangent))
@@ -101,7 +112,7 @@ def exact_and_textbook(operation: Operation) -> tuple[list[Tensor], list[Tensor]
 
 
 def batch_within(build: Builder, batch: int, settings: Settings) -> tuple[int, str]:
-    """The batch to run, at most `settings.longest` seconds of the textbook's, and what to say of it."""
+    """The batch to run, at most `settings.longest` seconds of the textbook's first call, and what to say of it."""
     if batch <= PROBE_BATCH:
         return batch, ""
     stages = stages_of(build(PROBE_BATCH), REFERENCE)
@@ -110,8 +121,9 @@ def batch_within(build: Builder, batch: int, settings: Settings) -> tuple[int, s
     cut, seconds = batch, whole
     while seconds > settings.longest and cut > PROBE_BATCH:
         cut, seconds = cut // 2, seconds / 2
-    note = f"{cut} of {batch} samples: all would take the textbook {whole:.0f} s a call, over {settings.longest:g} s"
-    return (cut, note) if cut < batch else (batch, "")
+    if cut == batch:
+        return batch, ""
+    return cut, f"{cut} of {batch} samples: the textbook's first call of all would take about {whole:.0f} s"
 
 
 @dataclass(frozen=True)
@@ -123,12 +135,15 @@ class Checked:
     stages: dict[str, Stages]
 
 
-Doing = Callable[[str], None]
-"""Told which candidate is about to be tried, or "" when none is: whoever kills the process is known."""
+Doing = Callable[..., None]
+"""doing(key): which candidate is about to be tried, or "" when none is; whoever kills the process is known.
+
+doing(key, row): what became of one after which the process cannot go on.
+"""
 
 
-def measure_case(case: Case, settings: Settings, skip: dict[str, str], doing: Doing) -> list[Row]:
-    """Rows of all operations of a case. skip: candidates not to be tried, and why.
+def measure_case(case: Case, settings: Settings, skip: dict[str, Row], doing: Doing) -> list[Row]:
+    """Rows of all operations of a case. skip: candidates not to be tried, and what their rows say of it.
 
     Memory is measured before anything is timed: afterwards the process keeps what is freed.
     """
@@ -137,37 +152,53 @@ def measure_case(case: Case, settings: Settings, skip: dict[str, str], doing: Do
     return [row for each in checked for row in timed_rows(case, each, settings, doing)]
 
 
-def check(case: Case, build: Builder, settings: Settings, skip: dict[str, str], doing: Doing) -> Checked:
+def check(case: Case, build: Builder, settings: Settings, skip: dict[str, Row], doing: Doing) -> Checked:
     """Correctness and peak memory of every candidate."""
     batch, note = batch_within(build, case.batch, settings)
     operation = build(batch)
-    exact, textbook = exact_and_textbook(operation)
+    index = checked_samples(operation)
+    exact, textbook = exact_and_textbook(operation, index)
     names = ["value", *operation.leaves]
     rows: dict[str, Row] = {}
     stages: dict[str, Stages] = {}
-    for candidate in operation.candidates:
+    for candidate, run in operation.candidates.items():
         row = rows[candidate] = {"candidate": candidate, "note": note}
         if (key := key_of(operation, candidate)) in skip:
-            row |= {"status": "died", "note": skip[key]}
+            row |= skip[key]
             continue
         doing(key)
         try:
             calls = stages_of(operation, candidate)
+            first: list[Tensor] = []
             start = time.perf_counter()
-            actual = [each[: len(exact[0])].clone() for each in results_of(calls)]
+            captured = first_call(calls, first, settings.device if isinstance(run, Graphed) else None)
             row["first_call_seconds"] = time.perf_counter() - start
-            verdict = judge(names, actual, exact, textbook, operation.n_steps)
+            verdict = judge(names, [each[index.to(each.device)] for each in first], exact, textbook, operation.n_steps)
+            first.clear()
             result, error, bound = verdict.worst
-            row |= {"result": result, "error": error, "bound": bound, "samples_checked": len(exact[0])}
+            row |= {"result": result, "error": error, "bound": bound, "samples_checked": len(index)}
             row["status"] = "ok" if verdict.right else "wrong"
             if verdict.right:
-                row["peak_bytes"] = peak_bytes(partial(results_of, calls), settings.device)
+                row["peak_bytes"] = captured or peak_bytes(partial(results_of, calls), settings.device)
+                if operation.leaves and not captured:
+                    row["forward_peak_bytes"] = peak_bytes(partial(calls[0], None), settings.device)
                 stages[candidate] = calls
         except Exception as error:  # of a candidate: whatever goes wrong there is its result
             row |= failure(error)
+            if isinstance(run, Graphed):  # the allocator may be left in the capture
+                doing(key, {name: row[name] for name in ("status", "note")})
+                raise
         free(settings.device)
     doing("")
     return Checked(operation, rows, stages)
+
+
+def first_call(calls: Stages, results: list[Tensor], device: str | None) -> int | None:
+    """Fills `results`. With a device, the peak memory: of a CUDA graph only the capture allocates."""
+    if device is None:
+        results.extend(results_of(calls))
+        return None
+    return peak_bytes(lambda: results.extend(results_of(calls)), device)
 
 
 def key_of(operation: Operation, candidate: str) -> str:
@@ -205,7 +236,7 @@ def timed_rows(case: Case, checked: Checked, settings: Settings, doing: Doing) -
         for candidate, common in checked.rows.items()
         for row in rows_of_passes(case, checked.operation, common, times.get(candidate, []), settings)
     ]
-    return sorted(rows, key=lambda row: row["pass"])  # candidates of a pass together
+    return sorted(rows, key=lambda row: PASSES.index(row["pass"]))  # candidates of a pass together
 
 
 def rows_of_passes(
@@ -221,10 +252,18 @@ def rows_of_passes(
     forward, backward = operation.forward or Work(), operation.backward or Work()
     passes: dict[str, tuple[Work, Callable[[list[float]], float]]] = {"forward": (forward, lambda call: call[0])}
     if operation.leaves:
-        passes = {"backward": (backward, lambda call: call[1]), "both": (forward + backward, sum)}
+        passes = {
+            RECORDED: (forward, lambda call: call[0]),
+            "backward": (backward, lambda call: call[1]),
+            "both": (forward + backward, sum),
+        }
+    row, forward_peak = dict(row), row.get("forward_peak_bytes")
+    row.pop("forward_peak_bytes", None)
     rows = []
     for name, (work, seconds) in passes.items():
         known = {} if work == Work() else {"work": asdict(work)}
         times = {"ms": milliseconds([seconds(call) for call in calls]), "rounds": len(calls)} if calls else {}
         rows.append({**common, "pass": name, **row, **known, **times})
+        if name == RECORDED and "peak_bytes" in row:
+            rows[-1]["peak_bytes"] = forward_peak
     return rows

@@ -55,8 +55,11 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int | None:
     if sys.platform != "linux":
         return None
     return_freed_memory()
-    CLEAR_REFS.write_text("5")  # the high-water mark starts anew
-    before = _kilobytes("VmRSS")
+    try:
+        CLEAR_REFS.write_text("5")  # the high-water mark starts anew
+        before = _kilobytes("VmRSS")
+    except OSError:  # not in every container
+        return None
     call()
     return max(_kilobytes("VmHWM") - before, 0) * 1024
 

@@ -11,7 +11,7 @@ import torch
 from diffusers import PiflowScheduler
 from torch import Tensor
 
-from benchmarks.candidates import Run, checkpointed, compiled, graphed, scheduler_step
+from benchmarks.candidates import Graphed, Run, checkpointed, compiled, scheduler_step, textbook
 from benchmarks.roofline import Work
 from benchmarks.shapes import (
     DX_SHAPES,
@@ -32,6 +32,8 @@ from piflow_kernels import dx_rollout, gm_rollout
 GM_LEAVES = ("x_start", "x_src", "means", "logstds", "logweights")
 DX_LEAVES = ("x_start", "x_src", "grid")
 REFERENCE, DIFFUSERS = "reference", "diffusers"
+AT_SOURCE = 2
+"""States that move where x_start is x_src: it and the result."""
 WINDOW_SUBSTEPS = 3
 """Substeps that training differentiates: `window_substeps` of the recipes."""
 
@@ -55,9 +57,9 @@ class Operation:
     def batch(self) -> int:
         return len(self.problem["x_src"])
 
-    def samples(self, count: int) -> dict[str, Any]:
-        """The problem of the first `count` samples."""
-        return {n: v[:count] if isinstance(v, Tensor) else v for n, v in self.problem.items()}
+    def samples(self, index: Tensor) -> dict[str, Any]:
+        """The problem of some samples."""
+        return {n: v[index.to(v.device)] if isinstance(v, Tensor) else v for n, v in self.problem.items()}
 
 
 Builder = Callable[[int], Operation]
@@ -75,33 +77,28 @@ class Case:
 
 
 def candidates(
-    run: Callable[..., Run], problem: dict[str, Any], leaves: tuple[str, ...], inductor: bool = True
+    run: Callable[..., Run],
+    leaves: tuple[str, ...],
+    device: str,
+    peers: dict[str, Run] | None = None,
+    inductor: bool = True,
+    checkpointing: bool = False,
 ) -> dict[str, Run]:
-    """Those that every operation has; `run` takes the backend."""
-    on_gpu = problem["x_src"].device.type != "cpu"
-    reference = run(backend="reference")
-    found = {REFERENCE: reference, "reference, torch.compile": compiled(reference)}
-    if on_gpu:
-        found["reference, CUDA graph"] = _Graphed(reference, problem, leaves)
-    found["ours"] = run(backend=None)
-    if on_gpu:
-        found["ours, CUDA graph"] = _Graphed(found["ours"], problem, leaves)
-    elif inductor:
-        found["ours, inductor"] = run(backend="inductor")
-    return found
+    """The textbook and other ways to run it, other peers, ours; `run` takes the backend.
 
-
-class _Graphed:
-    """A run that is captured at its first call, so that a failure there is that candidate's."""
-
-    def __init__(self, run: Run, problem: dict[str, Any], leaves: tuple[str, ...]) -> None:
-        self.capture = lambda: graphed(run, problem, leaves)
-        self.run: Run | None = None
-
-    def __call__(self, **problem: Any) -> Tensor:
-        if self.run is None:
-            self.run = self.capture()
-        return self.run(**problem)
+    CUDA graphs come last: a capture that fails spoils the process for what follows.
+    """
+    formula, ours = run(backend="reference"), run(backend=None)
+    found = {REFERENCE: textbook(formula)}
+    if checkpointing:
+        found["reference, checkpointed"] = checkpointed(formula)
+    found |= {"reference, torch.compile": compiled(formula), **(peers or {}), "ours": ours}
+    if device != "cpu":
+        return found | {
+            "reference, CUDA graph": Graphed(found[REFERENCE], leaves),
+            "ours, CUDA graph": Graphed(ours, leaves),
+        }
+    return found | ({"ours, inductor": run(backend="inductor")} if inductor else {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,8 +112,8 @@ def gm_operator(shape: GMShape, gradients: bool, dtype: torch.dtype, device: str
     def run(backend: Any) -> Run:
         return lambda **problem: gm_rollout(**problem, backend=backend)
 
-    works = gm_work(shape, dtype), gm_backward_work(shape, dtype)
-    return Operation("gm_rollout", shape.n_steps, problem, candidates(run, problem, leaves), leaves, *works)
+    works = gm_work(shape, dtype, 3 if gradients else AT_SOURCE), gm_backward_work(shape, dtype)
+    return Operation("gm_rollout", shape.n_steps, problem, candidates(run, leaves, device), leaves, *works)
 
 
 def dx_operator(shape: DXShape, gradients: bool, dtype: torch.dtype, device: str, batch: int) -> Operation:
@@ -126,10 +123,10 @@ def dx_operator(shape: DXShape, gradients: bool, dtype: torch.dtype, device: str
     def run(backend: Any) -> Run:
         return lambda **problem: dx_rollout(**problem, backend=backend)
 
-    found = candidates(run, problem, leaves, inductor=False)
-    if not gradients:  # diffusers has one state where the operator has x_start and x_src
-        found[DIFFUSERS] = diffusers_step(device)
-    works = dx_work(shape, dtype), dx_backward_work(shape, dtype)
+    # diffusers has one state where the operator has x_start and x_src
+    peers = {} if gradients else {DIFFUSERS: diffusers_step(device)}
+    found = candidates(run, leaves, device, peers, inductor=False)
+    works = dx_work(shape, dtype, 3 if gradients else AT_SOURCE), dx_backward_work(shape, dtype)
     return Operation("dx_rollout", shape.n_steps, problem, found, leaves, *works)
 
 
@@ -154,7 +151,7 @@ def packed(shape: GMShape, problem: dict[str, Any]) -> dict[str, Any]:
         order = [*range(len(lead)), *(len(lead) + axis for axis in (1, 3, 0, 2, 4))]
         return value.permute(order).reshape(*lead, rows * columns, c * 4)
 
-    states = {name: tokens(problem[name]) for name in ("x_start", "x_src")}
+    states = dict.fromkeys(("x_start", "x_src"), tokens(problem["x_src"]))
     network = {name: tokens(problem[name]).transpose(1, 2).contiguous() for name in ("means", "logweights")}
     return {**problem, **states, **network}
 
@@ -174,8 +171,8 @@ def gm_policy_rollout(shape: GMShape, dtype: torch.dtype, device: str, batch: in
 
         return rollout
 
-    found = candidates(run, problem, ())
-    return Operation("GMFlowPolicy.rollout", shape.n_steps, problem, found, (), gm_work(shape, dtype))
+    work = gm_work(shape, dtype, AT_SOURCE)
+    return Operation("GMFlowPolicy.rollout", shape.n_steps, problem, candidates(run, (), device), (), work)
 
 
 def gm_policy_loss(shape: GMShape, dtype: torch.dtype, device: str, batch: int, training: bool = False) -> Operation:
@@ -194,10 +191,8 @@ def gm_policy_loss(shape: GMShape, dtype: torch.dtype, device: str, batch: int, 
         return loss
 
     leaves = ("means", "logstds", "logweights")
-    found = candidates(run, problem, leaves)
-    if training:
-        found = with_checkpointing(found)
-    works = gm_work(shape, dtype), gm_backward_work(shape, dtype)
+    found = candidates(run, leaves, device, checkpointing=training)
+    works = gm_work(shape, dtype, 2), gm_backward_work(shape, dtype, 2)  # the source's state and the target
     return Operation("GMFlowPolicy.mean_velocity_loss", shape.n_steps, problem, found, leaves, *works)
 
 
@@ -215,18 +210,12 @@ def dx_policy_step(shape: DXShape, dtype: torch.dtype, device: str, batch: int) 
 
         return step
 
-    found = candidates(run, problem, (), inductor=False)
-    found[DIFFUSERS] = diffusers_step(device)
-    return Operation("PiflowScheduler.step", shape.n_steps, problem, found, (), dx_work(shape, dtype))
+    found = candidates(run, (), device, {DIFFUSERS: diffusers_step(device)}, inductor=False)
+    return Operation("PiflowScheduler.step", shape.n_steps, problem, found, (), dx_work(shape, dtype, AT_SOURCE))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
-
-
-def with_checkpointing(found: dict[str, Run]) -> dict[str, Run]:
-    reference = found[REFERENCE]
-    return {REFERENCE: reference, "reference, checkpointed": checkpointed(reference), **found}
 
 
 def imitation(shape: GMShape, dtype: torch.dtype, device: str, batch: int) -> Operation:
@@ -262,13 +251,12 @@ def imitation(shape: GMShape, dtype: torch.dtype, device: str, batch: int) -> Op
 
         return losses
 
-    found = with_checkpointing(candidates(run, problem, ("means", "logstds", "logweights")))
+    leaves = ("means", "logstds", "logweights")
+    found = candidates(run, leaves, device, checkpointing=True)
     rolled, window = (dataclasses.replace(shape, n_steps=n) for n in (21, 32))  # on average, of two each
     forward = 2 * (gm_work(rolled, dtype) + gm_work(window, dtype))
-    leaves = ("means", "logstds", "logweights")
-    return Operation(
-        "imitation_segment", 2 * (21 + 32), problem, found, leaves, forward, 2 * gm_backward_work(window, dtype)
-    )
+    backward = 2 * gm_backward_work(window, dtype, 3)
+    return Operation("imitation_segment", 2 * (21 + 32), problem, found, leaves, forward, backward)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ policy's share of the network's time at full depth, which takes every block beyo
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import operator
 import resource
 import subprocess
 import sys
@@ -27,8 +29,9 @@ from torch import Tensor, nn
 
 from benchmarks.candidates import Run
 from benchmarks.machine import machine
-from benchmarks.operations import Case, Operation, candidates
-from benchmarks.shapes import FULL_DEPTH
+from benchmarks.operations import AT_SOURCE, Case, Operation, candidates
+from benchmarks.roofline import Work
+from benchmarks.shapes import FULL_DEPTH, GMShape, gm_work
 from piflow.models import (
     GMDiTTransformer2DModelV2,
     GMFlux2Transformer2DModel,
@@ -223,12 +226,23 @@ def pipeline_case(model: str, device: str, tiny: bool) -> tuple[Case, list[dict[
     rows = []
     for part in PARTS:
         seconds = call["seconds"][part]
-        row = common | {"operation": PARTS[part], "ms": dict.fromkeys(("p20", "p50", "p80"), seconds * 1e3)}
-        rows.append(row | {"call": call, "peak_bytes": call["peak_memory_bytes"]} if part == "total" else row)
+        row = common | {"operation": PARTS[part], "ms": {"p50": seconds * 1e3}}
+        rows.append(row | {"call": call} if part == "total" else row)
     return Case("pipeline", name, nfe, (lambda batch: policies_of(asked[:batch], device),)), rows
 
 
 PARTS = {"total": "call without VAE", "network": "network in it", "policy": "policies in it"}
+
+
+def work_of(asked: PolicyCall) -> Work:
+    """A rollout from the source to the next step's."""
+    means, logweights = asked.policy.means, asked.policy.logweights
+    start, end, noise_schedule, total_substeps, seq_len = asked.times
+    levels = noise_schedule.substep_sigmas(start, end, total_substeps, seq_len)
+    channels = means.numel() // logweights.numel()
+    pixels = asked.x_src.numel() // channels  # of all samples
+    shape = GMShape(1, means.numel() // asked.x_src.numel(), channels, (pixels,), levels.shape[1] - 1)
+    return gm_work(shape, means.dtype, AT_SOURCE)
 
 
 def policies_of(asked: list[PolicyCall], device: str) -> Operation:
@@ -250,7 +264,8 @@ def policies_of(asked: list[PolicyCall], device: str) -> Operation:
         return destinations
 
     substeps = asked[0].times[3]  # of all steps together
-    return Operation("policies of a call", substeps, problem, candidates(run, problem, ()))
+    work = functools.reduce(operator.add, map(work_of, asked))
+    return Operation("policies of a call", substeps, problem, candidates(run, (), device), (), work)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -62,12 +62,18 @@ def draw(content: dict[str, Any], image: Path, source: Path) -> None:
     figure.savefig(image, metadata={SOURCE: digest(source), "Software": None})
 
 
+def case_of(row: dict[str, Any]) -> str:
+    """The case, and which part of its batch was run."""
+    batch, whole = row.get("batch"), row.get("batch_of_model")
+    return row["case"] if batch == whole else f"{row['case']} ({batch} of {whole} samples)"
+
+
 def grouped(rows: list[dict[str, Any]]) -> dict[tuple[str, ...], list[dict[str, Any]]]:
-    """Rows with times by (suite, case, operation, pass), backward passes left to the page's tables."""
+    """Rows with times by (suite, case, operation, pass), passes on their own of those that train left to the tables."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for suite in SUITES:
         for row in rows:
             shown = row.get("suite") == suite and "ms" in row and row["status"] == "ok"
-            if shown and row["pass"] != "backward" and "call" not in row and " in it" not in row["operation"]:
-                groups.setdefault((suite, row["case"], row["operation"], row["pass"]), []).append(row)
+            if shown and row["pass"] in ("forward", "both") and row["rounds"] > 1:
+                groups.setdefault((suite, case_of(row), row["operation"], row["pass"]), []).append(row)
     return groups

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plots import draw
+from benchmarks.plots import case_of, draw
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/benchmarks.md")
@@ -49,13 +49,14 @@ COLUMNS = (
     "x floor",
     "speed-up",
     "error",
+    "calls",
     "",
 )
 
 
 def markdown(rows: Iterable[Row]) -> str:
     """A row for each candidate, under one that says what the operation cannot do without and how long that takes."""
-    lines = [table_line(COLUMNS), "|---|---|---|---|" + "---:|" * 7 + "---|"]
+    lines = [table_line(COLUMNS), "|---|---|---|---|" + "---:|" * 8 + "---|"]
     group = None
     for row in rows:
         here = tuple(row.get(name) for name in ("suite", "case", "operation", "pass"))
@@ -71,7 +72,8 @@ def table_line(cells: Iterable[str]) -> str:
 
 
 def head_cells(row: Row) -> list[str]:
-    return [str(row.get("case", "")), f"`{row['operation']}`" if "operation" in row else "", str(row.get("pass", ""))]
+    case = case_of(row) if "case" in row else ""
+    return [case, f"`{row['operation']}`" if "operation" in row else "", str(row.get("pass", ""))]
 
 
 def floor_line(row: Row) -> list[str]:
@@ -80,20 +82,22 @@ def floor_line(row: Row) -> list[str]:
     work = row["work"]
     needs = f"{work['bytes'] / 1e6:.3g} MB, {work['multiply_adds'] / 1e9:.3g} G multiply-adds"
     needs += f", {work['exponentials'] / 1e9:.3g} G exponentials" if work["exponentials"] else ""
-    described = f"K, C, ...: {row['network_output']} {row['dtype']}, {row['substeps']:g} substeps; {needs}"
-    return [table_line([*head_cells(row), "*floor*", "", digits(row["floor_ms"]), "", "", "1", "", "", described])]
+    described = f"network output {row['network_output']} {row['dtype']}, {row['substeps']:g} substeps; {needs}"
+    return [table_line([*head_cells(row), "*floor*", "", digits(row["floor_ms"]), "", "", "1", "", "", "", described])]
 
 
 def row_cells(row: Row) -> list[str]:
-    """Times, multiples and speed-ups stand only where the result is right."""
+    """Times, multiples and speed-ups stand only where the result is right; one call has no percentiles."""
     right = row["status"] == "ok"
     ms = row.get("ms", {}) if right else {}
-    times = [digits(ms.get(name)) for name in ("p20", "p50", "p80")]
-    peak = digits(row["peak_bytes"] / 1e6) if right and row.get("peak_bytes") is not None else ""
+    calls = row.get("rounds", 0) if ms else 0
+    times = [digits(ms.get(name)) if calls > 1 or name == "p50" else "" for name in ("p20", "p50", "p80")]
+    peak = digits(row["peak_bytes"] / 1e6) if right and row.get("peak_bytes") is not None and calls != 1 else ""
     multiple, speedup = (digits(row.get(name)) if right else "" for name in ("multiple_of_floor", "speedup"))
     error = f"{row['error']:.1e}" if "error" in row else ""
     said = "; ".join(text for text in ("" if right else f"**{row['status']}**", row.get("note", "")) if text)
-    return [*head_cells(row), row["candidate"], *times, peak, multiple, speedup, error, said.replace("|", "/")]
+    figures = [*times, peak, multiple, speedup, error, str(calls or "")]
+    return [*head_cells(row), row["candidate"], *figures, said.replace("|", "/")]
 
 
 def digits(value: float | None) -> str:
@@ -121,23 +125,47 @@ def conditions(content: Content) -> str:
     return f"{processor}; {versions}; {facts['threads']} threads; {minutes}, {busy}.\n{speeds}"
 
 
+HEADLINES = (
+    ("kernels", "qwen-image-1024", "gm_rollout", "forward"),
+    ("kernels", "flux-2-1024", "gm_rollout", "forward"),
+    ("kernels", "imagenet-256-batch-512", "gm_rollout", "forward"),
+    ("policies", "kandinsky-6-pro", "PiflowScheduler.step", "forward"),
+    ("training", "imagenet-256-batch-64", "GMFlowPolicy.mean_velocity_loss", "both"),
+    ("training", "imagenet-256-batch-512", "GMFlowPolicy.mean_velocity_loss", "both"),
+    ("training", "imagenet-256-batch-64", "imitation_segment", "both"),
+)
+"""Suite, case, operation and pass of the README's rows."""
+
+
 def headline(content: Content) -> str:
-    """The few rows of the README: textbook and ours, time and peak memory."""
-    rows = [row for row in content["rows"] if "operation" in row and row.get("suite") in ("kernels", "training")]
-    groups = dict.fromkeys((row["suite"], row["case"], row["operation"], row["pass"]) for row in rows)
-    lines = ["| | textbook | its peak | ours | its peak | ratio | `inductor` | ratio |", "|---|" + "---:|" * 7]
-    for group in groups:
-        if group[3] == "backward":
-            continue
-        found = {
-            row["candidate"]: row for row in rows if (row["suite"], row["case"], row["operation"], row["pass"]) == group
-        }
-        cells = [f"{group[1]}, `{group[2]}`, {PASSES[group[3]]}"]
-        for name in ("reference", "ours"):
-            cells += brief(found.get(name))
-        cells += [times(found.get("ours"))]
-        inductor = found.get("ours, inductor")
-        cells += [brief(inductor)[0], times(inductor)]
+    """The few rows of the README: eager textbook, the fastest that is not ours, and ours; time and peak memory."""
+    facts, file = content["machine"], content["file"]
+    processor = facts["gpu"] if facts["gpu"] != "none" else f"{facts['processor']}, {facts['threads']} threads"
+    lines = [
+        f"{processor}, torch {facts['torch']} (stored in [{file}]({file})): median and peak memory of a call;",
+        "ratios of ours by default and, where it is another, of ours at its fastest.",
+        "",
+        "| | textbook, eager | fastest other | ours | ours at its fastest | against textbook | against fastest other |",
+        "|---|" + "---:|" * 6,
+    ]
+    for headline in HEADLINES:
+        rows = [
+            row
+            for row in content["rows"]
+            if tuple(row.get(name) for name in ("suite", "case", "operation", "pass")) == headline
+            and row["status"] == "ok"
+        ]
+        found = {row["candidate"]: row for row in rows}
+        mine = [row for name, row in found.items() if name.startswith("ours")]
+        others = [row for name, row in found.items() if not name.startswith("ours") and name != "reference"]
+        best, other = (min(each, key=median, default=None) for each in (mine, others))
+        label = (
+            f"{case_of(rows[0])}, `{headline[2]}`, {PASSES[headline[3]]}" if rows else f"{headline[1]}: nothing right"
+        )
+        cells = [label, brief(found.get("reference")), brief(other, named=True), brief(found.get("ours"))]
+        cells += [brief(best, named=True)]
+        cells += [" to ".join(dict.fromkeys(ratio(peer, row) for row in (found.get("ours"), best)))
+                  for peer in (found.get("reference"), other)]  # fmt: skip
         lines.append(table_line(cells))
     return "\n".join(lines)
 
@@ -145,14 +173,20 @@ def headline(content: Content) -> str:
 PASSES = {"forward": "forward", "both": "forward and backward"}
 
 
-def brief(row: Row | None) -> list[str]:
-    if row is None or row["status"] != "ok" or "ms" not in row:
-        return ["" if row is None else row["status"], ""]
-    return [f"{digits(row['ms']['p50'])} ms", f"{digits(row['peak_bytes'] / 1e6)} MB" if row.get("peak_bytes") else ""]
+def median(row: Row) -> float:
+    return row["ms"]["p50"]
 
 
-def times(row: Row | None) -> str:
-    return digits(row["speedup"]) if row is not None and row["status"] == "ok" and "speedup" in row else ""
+def brief(row: Row | None, named: bool = False) -> str:
+    if row is None:
+        return "—"
+    peak = f", {digits(row['peak_bytes'] / 1e6)} MB" if row.get("peak_bytes") else ""
+    name = row["candidate"].removeprefix("reference, ").removeprefix("ours, ")
+    return f"{digits(median(row))} ms{peak}" + (f" ({name})" if named else "")
+
+
+def ratio(peer: Row | None, ours: Row | None) -> str:
+    return "—" if peer is None or ours is None else digits(median(peer) / median(ours))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,7 +231,7 @@ def operators(content: Content) -> str:
     processor, any_of_them = content["machine_info"]["cpu"], next(iter(found.values()))
     lines = [
         f"Measured on {processor['brand_raw']}, {any_of_them['threads']} threads, torch {any_of_them['torch']} "
-        f"(`make bench`, stored in [{content['file']}]({content['file']})),",
+        f"(`make bench`, stored in `{content['file']}`),",
         "the fused operator and its peer taking turns, results checked against float64:",
         "",
     ]

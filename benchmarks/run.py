@@ -4,8 +4,9 @@
 
 kernels: operators at the shapes of the models. policies: what samplers, schedulers and trainers call. training: the
 policy's forward and backward pass in a step of imitation distillation. pipeline: whole calls. Each case runs in a
-process of its own with bounded memory, so that one that fails is a row that says so. Without --json the result goes to
-benchmarks/results/run_<device>.json; `python -m benchmarks.report` makes tables and plots of such files.
+process of its own with bounded memory, so that one that fails is a row that says so. Without --json the result of all
+suites goes to benchmarks/results/run_<device>.json, of which `python -m benchmarks.report` makes tables and plots; that
+of a part of them to outputs/benchmarks, so that it replaces nothing (`python -m benchmarks.report --table FILE`).
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ from benchmarks.roofline import Rates, Work, measure_rates
 from benchmarks.shapes import FULL_DEPTH
 
 SUITES = ("kernels", "policies", "training", "pipeline")
-RESULTS = Path(__file__).parent / "results"
+RESULTS, PARTIAL = Path(__file__).parent / "results", Path(__file__).parents[1] / "outputs" / "benchmarks"
 MEMORY_SHARE = 0.8
 """Of the memory available when a case starts: what beyond it is "out of memory" on the CPU."""
+TRAINING_LONGEST = 25.0
+"""`Settings.longest` of the suite that is about large batches."""
 CASE_SECONDS = 900
 """After which a case is given up."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,21 +46,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def main(argv: list[str] | None = None) -> int:
     options = parsed(argv)
-    settings = Settings(options.device, options.seconds, options.longest, options.least_rounds)
     if options.one:
-        run_case(options, settings)
+        run_case(options)
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: torch sees no GPU here", file=sys.stderr)
         return 2
     started, suites = time.perf_counter(), SUITES if options.suite == "all" else (options.suite,)
     rates = measure_rates(options.device, *((1 << 24, 256, 0.05) if options.tiny else ()))
+    settings: dict[str, Any] = dataclasses.asdict(settings_of(suites[0], options))
+    settings["longest"] = {suite: settings_of(suite, options).longest for suite in suites}
     content: dict[str, Any] = {
-        "machine": machine(), "rates": dataclasses.asdict(rates), "settings": dataclasses.asdict(settings),
+        "machine": machine(), "rates": dataclasses.asdict(rates), "settings": settings,
         "dtype": options.dtype, "tiny": options.tiny, "memory_share": MEMORY_SHARE,
         "load_average": {"before": load()}, "rows": [],
     }  # fmt: skip
-    file = options.json or RESULTS / f"run_{options.device}.json"
+    file = options.json or default_file(options)
     file.parent.mkdir(parents=True, exist_ok=True)
     for suite, name in listed(suites, options):
         begin = time.perf_counter()
@@ -81,8 +85,9 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="of network outputs (default: float32, on a GPU bfloat16)")
     parser.add_argument("--seconds", type=float, default=1.0, help="to time a candidate for (default: %(default)s)")
     parser.add_argument(
-        "--longest", type=float, default=4.0, metavar="SECONDS",
-        help="that a call of the textbook may take: of a larger batch a part is run (default: %(default)s)",
+        "--longest", type=float, metavar="SECONDS",
+        help="that the textbook's first call may take: of a larger batch a part is run (default: "
+        f"{Settings.longest:g}, for training {TRAINING_LONGEST:g})",
     )  # fmt: skip
     parser.add_argument("--least-rounds", type=int, default=3, help="of each candidate (default: %(default)s)")
     parser.add_argument("--candidates", nargs="+", metavar="NAME", help="only these beside the textbook, such as ours")
@@ -93,6 +98,11 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     return options
+
+
+def default_file(options: argparse.Namespace) -> Path:
+    whole = options.suite == "all" and not (options.cases or options.candidates or options.tiny)
+    return (RESULTS if whole else PARTIAL) / f"run_{options.device}.json"
 
 
 def listed(suites: tuple[str, ...], options: argparse.Namespace) -> Iterator[tuple[str, str]]:
@@ -118,26 +128,27 @@ def case_names(suite: str, options: argparse.Namespace) -> list[str]:
 
 def isolated(suite: str, name: str, options: argparse.Namespace) -> list[Row]:
     """The rows of a case. Where its process dies, it starts again without the candidate that it died of."""
-    skip: dict[str, str] = {}
+    skip: dict[str, Row] = {}
     while True:
         with tempfile.TemporaryDirectory() as folder:
             rows_file = Path(folder) / "rows.jsonl"
             reason = outcome(command(suite, name, options, rows_file, skip))
             lines = [json.loads(line) for line in rows_file.read_text().splitlines()] if rows_file.exists() else []
-        doing = next((line["doing"] for line in reversed(lines) if "doing" in line), "")
-        if not reason or not doing or doing in skip:
+        last: Row = next((line for line in reversed(lines) if "doing" in line), {"doing": ""})
+        if not reason or not (doing := last["doing"]) or doing in skip:
             rows = [line for line in lines if "doing" not in line]
             if reason:
                 rows.append({"suite": suite, "case": name, "candidate": "all", "status": "died", "note": reason})
             return rows
-        skip[doing] = reason
+        skip[doing] = last.get("row", {"status": "died", "note": reason})
 
 
-def command(suite: str, name: str, options: argparse.Namespace, rows: Path, skip: dict[str, str]) -> list[str]:
+def command(suite: str, name: str, options: argparse.Namespace, rows: Path, skip: dict[str, Row]) -> list[str]:
     """What runs one case."""
     words = [sys.executable, "-m", "benchmarks.run", "--one", suite, name, "--rows", str(rows)]
-    words += [f"--{key}={getattr(options, key)}" for key in ("device", "dtype", "seconds", "longest")]
+    words += [f"--{key}={getattr(options, key)}" for key in ("device", "dtype", "seconds")]
     words += [f"--least-rounds={options.least_rounds}", f"--skip={json.dumps(skip)}"]
+    words += [f"--longest={options.longest}"] if options.longest else []
     words += ["--tiny"] if options.tiny else []
     return [*words, "--candidates", *options.candidates] if options.candidates else words
 
@@ -154,7 +165,12 @@ def outcome(words: list[str]) -> str:
     return f"its process ended with {code}" if code else ""
 
 
-def run_case(options: argparse.Namespace, settings: Settings) -> None:
+def settings_of(suite: str, options: argparse.Namespace) -> Settings:
+    longest = options.longest or (TRAINING_LONGEST if suite == "training" else Settings.longest)
+    return Settings(options.device, options.seconds, longest, options.least_rounds)
+
+
+def run_case(options: argparse.Namespace) -> None:
     """In the process of a case: writes a line for each row, and for each candidate that is about to be tried."""
     suite, name = options.one
     if options.device == "cpu":
@@ -176,7 +192,11 @@ def run_case(options: argparse.Namespace, settings: Settings) -> None:
             case = next(case for case in found if case.name == name)
         only = {REFERENCE, *options.candidates} if options.candidates else None
         case = dataclasses.replace(case, builders=tuple(chosen(build, only) for build in case.builders))
-        for row in measure_case(case, settings, options.skip, lambda key: write({"doing": key})):
+
+        def doing(key: str, row: Row | None = None) -> None:
+            write({"doing": key} | ({} if row is None else {"row": row}))
+
+        for row in measure_case(case, settings_of(suite, options), options.skip, doing):
             write(row)
 
 

@@ -102,30 +102,34 @@ DX_SHAPES = {
 diffusers' pipeline, 512 x 768, and at that of its example for Pro, 480 x 864. The first of 10 steps."""
 
 
-def gm_work(shape: GMShape, dtype: torch.dtype) -> Work:
-    """A forward rollout, in Gram or channel space, whichever takes fewer multiply-adds."""
+def gm_work(shape: GMShape, dtype: torch.dtype, n_states: int = 3) -> Work:
+    """A forward rollout, in Gram or channel space, whichever takes fewer multiply-adds.
+
+    n_states: (B, C, *S) tensors read or written, by default x_start, x_src and the result.
+    """
     k, c, n = shape.k, shape.c, shape.n_steps
     pixels = shape.batch * torch.Size(shape.spatial).numel()
     network = k * (c + 1) * dtype.itemsize
     gram, channel = k * (k + 1) * c / 2 + 2 * k * c + n * k * k, 2 * k * c * n
-    return Work(pixels * (network + 3 * c * 4), pixels * (min(gram, channel) + 8 * k * n), pixels * k * n)
+    return Work(pixels * (network + n_states * c * 4), pixels * (min(gram, channel) + 8 * k * n), pixels * k * n)
 
 
-def gm_backward_work(shape: GMShape, dtype: torch.dtype) -> Work:
-    """Its adjoint: network, states and cotangent are read, gradients of network and states written.
+def gm_backward_work(shape: GMShape, dtype: torch.dtype, n_states: int = 5) -> Work:
+    """Its adjoint: the network output is read and its gradient written, and by default two states and a cotangent
+    are read and two gradients of states written.
 
     The recursion runs once more, for nobody kept its weights, and once in reverse.
     """
     pixels = shape.batch * torch.Size(shape.spatial).numel()
     forward = gm_work(shape, dtype)
-    moved = pixels * (2 * shape.k * (shape.c + 1) * dtype.itemsize + 5 * shape.c * 4)
+    moved = pixels * (2 * shape.k * (shape.c + 1) * dtype.itemsize + n_states * shape.c * 4)
     return Work(moved, 2 * forward.multiply_adds, forward.exponentials)
 
 
-def dx_work(shape: DXShape, dtype: torch.dtype) -> Work:
-    """A forward rollout: one weighted sum."""
+def dx_work(shape: DXShape, dtype: torch.dtype, n_states: int = 3) -> Work:
+    """A forward rollout: one weighted sum of the grid and the states."""
     elements = shape.batch * torch.Size(shape.spatial).numel() * shape.c
-    return Work(elements * (shape.n_grid * dtype.itemsize + 3 * 4), elements * (shape.n_grid + 2))
+    return Work(elements * (shape.n_grid * dtype.itemsize + n_states * 4), elements * (shape.n_grid + n_states - 1))
 
 
 def dx_backward_work(shape: DXShape, dtype: torch.dtype) -> Work:

@@ -2,8 +2,9 @@
 
     pytest benchmarks --benchmark-only
 
-pytest-benchmark reports the fused operator; its `extra_info` holds the peer, timed in turns with it, and the ratio of
-medians. Each benchmark checks the result against float64. No speed is asserted: these are measurements.
+Each group has the peers beside the fused operators; the `extra_info` of ours also holds the peer timed in turns with
+it, and the ratio of medians. Each benchmark checks the result against float64. No speed is asserted: these are
+measurements.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.candidates import compiled
 from benchmarks.shapes import GM_SHAPES
 from benchmarks.timing import interleaved, keep_freed_memory, milliseconds
 from piflow.noise_schedule import NoiseSchedule
@@ -26,12 +28,10 @@ from tests.kernels.problems import GM_LEAVES, in_double
 
 keep_freed_memory()
 
-Calls = tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]
+Call = Callable[[], torch.Tensor]
 
 
-def compare(
-    benchmark: Any, ours: Callable[[], torch.Tensor], peer: Callable[[], torch.Tensor], exact: torch.Tensor
-) -> None:
+def compare(benchmark: Any, ours: Call, peer: Call, exact: torch.Tensor) -> None:
     """Time both in turns, check the result, and put the figures where pytest-benchmark stores them.
 
     Ours must be within 1e-5 of float64 `exact`, or as close to it as the peer is.
@@ -52,28 +52,52 @@ def compare(
         benchmark.pedantic(ours, rounds=10, warmup_rounds=2)
 
 
+def alone(benchmark: Any, call: Call, exact: torch.Tensor) -> None:
+    """A peer, as a row of its own."""
+    with torch.no_grad():
+        assert (call() - exact).abs().max().item() <= 1e-3 * exact.abs().max().item()
+        benchmark.pedantic(call, rounds=10, warmup_rounds=2)
+
+
 NAMES = ["qwen-image-1024", "imagenet-256-batch-16"]
 
 
-@pytest.mark.parametrize("backend", ["torch", "inductor"])
+@pytest.mark.parametrize("backend", ["reference", "reference, torch.compile", "torch", "inductor"])
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.benchmark(group="gm_rollout against the textbook formula")
 def test_gm_rollout(benchmark: Any, name: str, backend: Any) -> None:
+    benchmark.group = f"gm_rollout against the textbook formula, {name}"
     problem: dict[str, Any] = dict(GM_SHAPES[name].problem(torch.float32))
     exact = gm_rollout(**in_double(problem), backend="reference")
-    compare(
-        benchmark,
-        lambda: gm_rollout(**problem, backend=backend),
-        lambda: gm_rollout(**problem, backend="reference"),
-        exact,
-    )
+
+    def textbook(**problem: Any) -> torch.Tensor:
+        return gm_rollout(**problem, backend="reference")
+
+    if backend.startswith("reference"):
+        peer = compiled(textbook) if "compile" in backend else textbook
+        alone(benchmark, lambda: peer(**problem), exact)
+    else:
+        compare(benchmark, lambda: gm_rollout(**problem, backend=backend), lambda: textbook(**problem), exact)
 
 
-@pytest.mark.parametrize("operator", [gm_rollout, gm_mean_velocity, gm_mean_velocity_loss])
+OPERATORS = [gm_rollout, gm_mean_velocity, gm_mean_velocity_loss]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.benchmark(group="a window of 3 substeps forward and backward against autograd of the textbook formula")
 def test_gm_window_with_gradients(benchmark: Any, name: str, operator: Any) -> None:
-    """Gradients of all five inputs; the result that is checked is theirs, one after the other."""
+    compare(benchmark, *window(benchmark, name, operator))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("name", NAMES)
+def test_gm_window_with_gradients_of_the_textbook(benchmark: Any, name: str, operator: Any) -> None:
+    _, peer, exact = window(benchmark, name, operator)
+    alone(benchmark, peer, exact)
+
+
+def window(benchmark: Any, name: str, operator: Any) -> tuple[Call, Call, torch.Tensor]:
+    """Ours, autograd of the textbook, and float64's: gradients of all five inputs, one after the other."""
+    benchmark.group = f"{operator.__name__}, 3 substeps forward and backward, {name}"
     problem: dict[str, Any] = dict(dataclasses.replace(GM_SHAPES[name], n_steps=3).problem(torch.float32))
     if operator is gm_mean_velocity_loss:
         problem["target"] = 0.5 * problem["x_src"].flip(-1)
@@ -86,10 +110,10 @@ def test_gm_window_with_gradients(benchmark: Any, name: str, operator: Any) -> N
         return torch.cat([each.flatten() for each in found])
 
     exact = gradients(in_double(problem), "reference")
-    compare(benchmark, lambda: gradients(problem, None), lambda: gradients(problem, "reference"), exact)
+    return lambda: gradients(problem, None), lambda: gradients(problem, "reference"), exact
 
 
-@pytest.mark.parametrize("client", ["operator", "scheduler"])
+@pytest.mark.parametrize("client", ["diffusers", "operator", "scheduler"])
 @pytest.mark.benchmark(group="DX rollout against diffusers' PiflowScheduler.step")
 def test_dx_rollout_kandinsky_6(benchmark: Any, client: str) -> None:
     """(1, 8 x 60 x 108, 16 channels, grid 10), 13 substeps: the first of 10 steps at 128 substeps."""
@@ -128,4 +152,7 @@ def test_dx_rollout_kandinsky_6(benchmark: Any, client: str) -> None:
         sample.double(), sigmas, sample.double(), 1.0, grid, raw_src - raw_dst, 5.0, eps=1e-6, layout="packed",
         backend="reference",
     )  # fmt: skip
-    compare(benchmark, step if client == "scheduler" else operator, peer, exact)
+    if client == "diffusers":
+        alone(benchmark, peer, exact)
+    else:
+        compare(benchmark, step if client == "scheduler" else operator, peer, exact)

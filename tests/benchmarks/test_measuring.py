@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.candidates import checkpointed, compiled
+from benchmarks.candidates import checkpointed, compiled, textbook
 from benchmarks.correctness import judge
 from benchmarks.memory import available_bytes, is_out_of_memory, peak_bytes
 from benchmarks.operations import packed
 from benchmarks.roofline import Rates, Work, measure_rates
-from benchmarks.shapes import GM_SHAPES, GMShape, gm_backward_work, gm_work
+from benchmarks.shapes import DX_SHAPES, GM_SHAPES, GMShape, dx_work, gm_backward_work, gm_work
 from benchmarks.timing import in_turns, interleaved, milliseconds, rounds_within
 from piflow_kernels import dx_rollout, gm_mean_velocity_loss, gm_rollout
 from piflow_kernels.gm import reference as gm_reference
@@ -71,6 +71,8 @@ def test_work_of_a_backward_pass_by_hand() -> None:
     shape = GM_SHAPES["flux-2-1024"]
     work, forward = gm_backward_work(shape, torch.bfloat16), gm_work(shape, torch.bfloat16)
     assert work.bytes == 16384 * (2 * 8 * 33 * 2 + 5 * 32 * 4)
+    assert gm_backward_work(shape, torch.bfloat16, 2).bytes == 16384 * (2 * 8 * 33 * 2 + 2 * 32 * 4)
+    assert dx_work(DX_SHAPES["kandinsky-6-pro"], torch.bfloat16, 2).bytes == 31 * 60 * 108 * 16 * (20 + 8)
     assert (work.multiply_adds, work.exponentials) == (2 * forward.multiply_adds, forward.exponentials)
 
 
@@ -113,7 +115,7 @@ def test_memory_is_limited() -> None:
     assert not is_out_of_memory(ValueError("means: expected a tensor"))
 
 
-@pytest.mark.parametrize("way", [checkpointed, lambda run: compiled(run, backend="aot_eager")])
+@pytest.mark.parametrize("way", [textbook, checkpointed, lambda run: compiled(run, backend="aot_eager")])
 @pytest.mark.parametrize(
     ("operator", "problem", "leaves"),
     [
@@ -130,6 +132,23 @@ def test_other_ways_to_run_the_textbook_give_its_results(way: Any, operator: Any
     expected = values_and_gradients(reference, problem, leaves)
     torch.testing.assert_close(values_and_gradients(way(reference), problem, leaves), expected)
     assert gm_reference.gm_velocity is velocity  # as before
+
+
+def test_the_textbook_has_its_network_output_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On strided views of tokens it would be several times slower than anybody's own code."""
+    shape = GMShape(2, 3, 5, (4, 6), 2, packed=True)
+    tokens, seen = packed(shape, shape.problem(torch.float32)), []
+    velocity = gm_reference.gm_velocity
+
+    def noting(*arguments: Any) -> Tensor:
+        seen.extend(each.is_contiguous() for each in arguments if isinstance(each, Tensor))
+        return velocity(*arguments)
+
+    monkeypatch.setattr(gm_reference, "gm_velocity", noting)
+    result = textbook(lambda **problem: gm_rollout(**problem, layout="packed", backend="reference"))(**tokens)
+    assert len(seen) == 2 * 7
+    assert all(seen)
+    torch.testing.assert_close(result, gm_rollout(**tokens, layout="packed"))
 
 
 def test_tokens_hold_what_the_planes_hold() -> None:

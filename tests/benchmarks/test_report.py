@@ -31,6 +31,7 @@ def row(candidate: str, median: float, **more: Any) -> dict[str, Any]:
     return {
         "suite": "kernels", "case": "qwen-image-1024", "operation": "gm_rollout", "pass": "forward", "device": "cpu",
         "candidate": candidate, "status": "ok", "note": "", "dtype": "float32", "substeps": 37, "batch": 1,
+        "batch_of_model": 1,
         "network_output": [1, 8, 16, 128, 128], "error": 1.5e-7, "peak_bytes": 12_300_000,
         "ms": {"p20": median - 1, "p50": median, "p80": median + 1}, "rounds": 15, "floor_ms": 2.0,
         "work": {"bytes": 1e7, "multiply_adds": 2e8, "exponentials": 5e6}, "multiple_of_floor": median / 2, **more,
@@ -47,6 +48,7 @@ def stored(tmp_path: Path) -> Path:
     }  # fmt: skip
     rows = [
         row("reference", 120.0), row("ours", 20.0, speedup=6.0), row("ours, inductor", 7.0, speedup=120 / 7),
+        row("reference, checkpointed", 40.0, speedup=3.0),
         {**row("reference, torch.compile", 0.0), "status": "out of memory", "note": "RuntimeError: a | b", "ms": {}},
     ]  # fmt: skip
     content = {
@@ -74,12 +76,15 @@ def test_a_page_is_made_anew(stored: Path, tmp_path: Path) -> None:
     assert "Floors from 20 GB/s, 100 G float32 multiply-adds/s and 3 G exponentials/s (made up)." in made
     assert "11 minutes, load average 0.1 before, 1.0 after" in made
     assert (
-        "| qwen-image-1024 | `gm_rollout` | forward | ours | 19.0 | 20.0 | 21.0 | 12.3 | 10.0 | 6 | 1.5e-07 |  |"
+        "| qwen-image-1024 | `gm_rollout` | forward | ours | 19.0 | 20.0 | 21.0 | 12.3 | 10.0 | 6 | 1.5e-07 | 15 |  |"
         in made
     )
     assert "**out of memory**; RuntimeError: a / b |" in made
     assert "10 MB, 0.2 G multiply-adds, 0.005 G exponentials" in made
-    assert "| qwen-image-1024, `gm_rollout`, forward | 120 ms | 12.3 MB | 20.0 ms | 12.3 MB | 6 | 7 ms | 17.1 |" in made
+    assert (
+        "| qwen-image-1024, `gm_rollout`, forward | 120 ms, 12.3 MB | 40.0 ms, 12.3 MB (checkpointed) | "
+        "20.0 ms, 12.3 MB | 7 ms, 12.3 MB (inductor) | 6 to 17.1 | 2 to 5.71 |" in made
+    )
     assert "(images/bench_cpu.png)" in made
     assert regenerated(made, tmp_path) == made
 
@@ -126,10 +131,24 @@ def test_a_plot_has_the_right_rows_only(stored: Path, tmp_path: Path) -> None:
     name = ("kernels", "qwen-image-1024", "gm_rollout", "forward")
     assert list(groups) == [name]
     assert [each["candidate"] for each in groups[name]] == [
-        "reference", "ours", "ours, inductor",
+        "reference", "ours", "ours, inductor", "reference, checkpointed",
     ]  # fmt: skip
     draw(content, tmp_path / "plot.png", source=stored)
     assert Image.open(tmp_path / "plot.png").width > 500
+
+
+def test_a_part_of_a_batch_is_not_called_by_the_name_of_the_whole(stored: Path) -> None:
+    part = row("ours", 20.0, batch=32, batch_of_model=512)
+    assert "| qwen-image-1024 (32 of 512 samples) |" in report.markdown([part])
+    assert next(iter(grouped([part])))[1] == "qwen-image-1024 (32 of 512 samples)"
+    content = json.loads(stored.read_text()) | {"rows": [part], "file": "x.json"}
+    assert "| qwen-image-1024 (32 of 512 samples), `gm_rollout`, forward | — |" in report.headline(content)
+
+
+def test_one_call_has_no_percentiles() -> None:
+    once = row("ours", 20.0, rounds=1)
+    assert "| ours |  | 20.0 |  |  |" in report.markdown([once])
+    assert grouped([once]) == {}
 
 
 def test_three_digits() -> None:
