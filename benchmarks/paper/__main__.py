@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.paper.cells import SEEDS, Budget, core_cells, full_cells
 from benchmarks.paper.measure import Protocol
 from benchmarks.paper.runner import run_cells, run_task
-from benchmarks.paper.store import Store, collect, command_line, read_json, write_json
+from benchmarks.paper.store import Store, collect, command_line, other_run, read_json, write_json
 
 RESULTS = Path("benchmarks/results/paper.json")
 DOCS = Path("docs")
@@ -26,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.job == "report":
         return _report(arguments.json, arguments.docs)
     budget = Budget(arguments.iterations, arguments.batch_size)
+    if (earlier := read_json(arguments.json)) and (why := other_run(earlier, store.protocol, budget)):
+        print(f"{arguments.json}: its results {why}; name other places with --json and --docs.", file=sys.stderr)
+        return 2
     every = full_cells(budget, arguments.seeds)
     cells = core_cells(budget) if arguments.job == "core" else every
     if arguments.only:

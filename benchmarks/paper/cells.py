@@ -29,6 +29,8 @@ DROPOUT = 0.05
 """Of mixture components, unless a cell says otherwise."""
 
 MEANFLOW_SHARE = 0.75
+MEANFLOW_STEP = 0.01
+"""Of the noise level, in the central difference that stands for the derivative."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Cell:
     size: components K of "gm", grid points N of "dx". nfe: segments that the student is trained for. data_free: all
     segments in turn from pure noise, with a batch smaller by nfe, so that the network is evaluated as often. dropout:
     of components. window: substeps of the micro-window. mixing: the teacher's share of the trajectory falls from 1 to 0
-    over two thirds of the iterations, as in the published recipes; without it the trajectory is the student's own.
+    over two thirds of the iterations, as in the recipes of FLUX.1; without it the trajectory is the student's own.
     share: of "meanflow" samples with an interval of some length; the others learn the velocity itself.
     """
 
@@ -70,8 +72,9 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """Hash of the settings and of what all cells have in common."""
-        return hashlib.sha256(json.dumps([self.settings, COMMON], sort_keys=True).encode()).hexdigest()[:12]
+        """Hash of the settings and of what all cells, or all of a method, have in common."""
+        own = (MEANFLOW_STEP,) if self.method == "meanflow" else ()
+        return hashlib.sha256(json.dumps([self.settings, COMMON + own], sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def settings(self) -> dict[str, Any]:

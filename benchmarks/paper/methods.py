@@ -19,7 +19,7 @@ from benchmarks.paper.baselines import (
     per_pixel,
     shortcut_loss,
 )
-from benchmarks.paper.cells import GUIDANCE_SCALE, SHORTCUT_TEACHER_STEPS, TOTAL_SUBSTEPS, Cell
+from benchmarks.paper.cells import GUIDANCE_SCALE, MEANFLOW_STEP, SHORTCUT_TEACHER_STEPS, TOTAL_SUBSTEPS, Cell
 from piflow.digits.data import IMAGE_SHAPE
 from piflow.digits.teacher import load_teacher, network_velocity, teacher_velocity
 from piflow.distillation import ImitationConfig, sample_source_times
@@ -111,7 +111,9 @@ class MeanFlowStudent(Student):
         noise = torch.randn(images.shape, generator=generator)
         x_t = torch.lerp(images, noise, per_pixel(sigma_t, images))
         velocity = teacher_velocity(self.teacher, labels, GUIDANCE_SCALE)(x_t, sigma_t)
-        return meanflow_loss(lambda x, t, r: self.network(x, t, r, labels), velocity, x_t, sigma_t, sigma_r)
+        return meanflow_loss(
+            lambda x, t, r: self.network(x, t, r, labels), velocity, x_t, sigma_t, sigma_r, step=MEANFLOW_STEP
+        )
 
     def sample(self, noise: Tensor, labels: Tensor, nfe: int, **options: Any) -> Tensor:
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, NullLocator
 
-from benchmarks.paper.cells import CHECKERBOARD, TEACHER, TOY, Cell, dx, gm, meanflow, shortcut
+from benchmarks.paper.cells import CHECKERBOARD, NFES, TEACHER, TOY, Cell, dx, gm, meanflow, shortcut
 from benchmarks.paper.measure import unpacked
 from benchmarks.paper.results import ENDPOINT, FRECHET, Results, mean_and_spread
 
@@ -86,12 +87,14 @@ def draw_quality(results: Results) -> Figure | None:
         teacher = [results.values(TEACHER, metric, n)[0] for n in steps]
         axis.plot(steps, teacher, color=TEACHER_COLOUR, marker=".", linestyle="--", label="teacher, Euler")
         for name, (colour, cells, marker) in FAMILIES.items():
-            points = [(nfe, results.values(cell, metric, nfe)) for nfe, cell in zip((1, 2, 4), cells)]
-            points = [(nfe, values) for nfe, values in points if values]
-            if points:
-                x, values = [nfe for nfe, _ in points], [mean_and_spread(v) for _, v in points]
-                mean, spread = [m for m, _ in values], [s for _, s in values]
-                axis.errorbar(x, mean, yerr=spread, color=colour, marker=marker, capsize=3, label=name)
+            values = [results.values(cell, metric, nfe) for nfe, cell in zip(NFES, cells)]
+            if not any(values):
+                continue
+            mean = [mean_and_spread(v)[0] if v else math.nan for v in values]
+            spread = [mean_and_spread(v)[1] if len(v) > 1 else math.nan for v in values]
+            axis.errorbar(NFES, mean, yerr=spread, color=colour, marker=marker, capsize=3, label=name)
+            single = [m if len(v) == 1 else math.nan for m, v in zip(mean, values)]
+            axis.plot(NFES, single, color=colour, marker=marker, markerfacecolor="white", linestyle="", zorder=3)
         _log_values(axis)
         _steps_axis(axis, steps)
         _clean(axis, title, "network evaluations (teacher: Euler steps)")

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from benchmarks.paper import tables
 from benchmarks.paper.cells import CORE, SEEDS, WITHOUT_STUDENT, Cell, dx, full_cells, gm
-from benchmarks.paper.claims import Judgement, judge_all
+from benchmarks.paper.claims import BESIDE, Judgement, judge_all
 from benchmarks.paper.explanations import METHODS
 from benchmarks.paper.plots import draw_all
 from benchmarks.paper.results import ENDPOINT, FRECHET, Results, anonymous, machines
 
 PICTURES = {
-    "quality": "Quality against network evaluations; bars are the standard deviation between seeds.",
+    "quality": (
+        "Quality against network evaluations. Bars are the standard deviation between seeds; a hollow mark is one "
+        "seed, a gap in a line a student that was not trained."
+    ),
     "samples": "The first two noises of every class; none is picked.",
     "convergence": "The averaged student while it trains, 500 samples, seed 0.",
-    "trajectories": "Student (blue) and teacher (dashed) from three noises, one a row.",
-    "studies": "Varied at sampling, without another training.",
-    "toy": "Static policies fitted to one trajectory of the teacher.",
+    "trajectories": (
+        "Student (blue) and teacher (dashed) from three noises, one a row; seed 0. Excursions are drawn several times "
+        "larger than the way from noise to image."
+    ),
+    "studies": "Varied at sampling, without another training; bars are the standard deviation between seeds.",
+    "toy": "Static policies fitted to one trajectory of the teacher. All but K = 1 lie under the teacher's line.",
     "checkerboard": "The 2D checkerboard.",
 }
 
@@ -58,7 +65,10 @@ def render(results: Results, drawn: list[str]) -> str:
         tables.heads_table(results, ENDPOINT), "",
         "The teacher itself; the last line is how far two sets of the teacher's own samples are apart:", "",
         tables.teacher_table(results), "",
-        "## All students", "", tables.student_table(results), "",
+        "## All students", "",
+        "Mean ± standard deviation over the seeds, which are named with the job of `python -m benchmarks.paper` that "
+        "made them. The teacher's rows, the toy and the checkerboard were made by `core`.", "",
+        tables.student_table(results), "",
         "## Training", "", *picture("convergence"), *picture("trajectories"),
         "## At sampling", "", *picture("studies"), *_studies(results),
         "## The toy: one trajectory", "", METHODS["toy"], "", *picture("toy"), tables.toy_table(results), "",
@@ -72,31 +82,46 @@ def render(results: Results, drawn: list[str]) -> str:
 
 def _introduction(results: Results) -> list[str]:
     students = [cell for cell, _ in results.cells if cell.method not in WITHOUT_STUDENT]
-    seeds, budget = sorted({cell.seed for cell in students}), students[0].budget
-    planned = {anonymous(cell) for cell in full_cells()}
-    there = {anonymous(cell) for cell, _ in results.cells}
-    missing = sorted({cell.label for cell in planned - there})
+    budget, planned = students[0].budget, [cell for cell in full_cells() if cell.method not in WITHOUT_STUDENT]
+    seeds: dict[Cell, list[int]] = {anonymous(cell): [] for cell in planned}
+    for cell in students:
+        seeds.setdefault(anonymous(cell), []).append(cell.seed)
+    missing = sorted(cell.label for cell, there in seeds.items() if not there)
+    counts = sorted(Counter(tuple(sorted(there)) for there in seeds.values() if there).items())
+    stored = ", ".join(
+        f"{count} students with seed{'s' * (len(there) > 1)} {' and '.join(map(str, there))}" for there, count in counts
+    )
     lines = [
         "The experiments of pi-Flow (arXiv 2510.14974) as far as 1797 handwritten digits of 8 x 8 pixels and one DiT "
         "teacher can show them. All students have the teacher's network and weights at the start; only the head, and "
-        "the loss, differ. They share the budget: "
+        "the loss, differ (MeanFlow is told a second noise level besides). They share the budget: "
         f"{budget.iterations} iterations of {budget.batch_size} samples, one optimiser, one average of the weights. "
-        f"{len(students)} trainings of digits students are stored, with seeds {', '.join(map(str, seeds))} (the "
-        "tables give the count); each says which command produced it.",
+        f"Of the {len(planned)} trainings of digits students that are planned, {len(students)} are stored: {stored}. "
+        "A standard deviation of two values says little; verdicts pool the spread of all repeated students.",
         "",
-        f"- `make paper` reruns the core, {len(CORE)} students and the checkerboard's.",
+        f"- `make paper` trains the core, {len(CORE)} students and the checkerboard's, with seed 0.",
         f"- `make paper-full` trains everything with {len(SEEDS)} seeds, and goes on where it was stopped.",
+        "- Both keep what is done in outputs/paper; without that folder they train anew.",
         "- `python -m benchmarks.paper report` makes this page again from benchmarks/results/paper.json.",
         "",
     ]
     if missing:
-        lines += ["Not run yet (`make paper-full` does): " + "; ".join(missing) + ".", ""]
+        lines += ["Not run yet with any seed (`make paper-full` does): " + "; ".join(missing) + ".", ""]
     return lines
 
 
 def _overview(judgements: list[Judgement]) -> list[str]:
-    rows = [[j.claim.statement, f"**{j.verdict}**"] for j in judgements]
-    return [tables.table(["claim", "on the digits"], rows), "", METHODS["verdicts"], ""]
+    rows = [
+        [j.claim.statement, j.claim.source, f"**{j.verdict}**" + f" ({_missing(j)})" * bool(j.missing),
+         *(j.beside.get(metric, "-") for metric in BESIDE)]
+        for j in judgements
+    ]  # fmt: skip
+    titles = ["claim", "from", "on the digits", *(f"by {name}" for name in BESIDE.values())]
+    return [tables.table(titles, rows), "", METHODS["verdicts"], ""]
+
+
+def _missing(judgement: Judgement) -> str:
+    return f"{judgement.missing} of {judgement.missing + len(judgement.contrasts)} comparisons not run"
 
 
 def _claim(judgement: Judgement) -> list[str]:
@@ -105,6 +130,9 @@ def _claim(judgement: Judgement) -> list[str]:
     if judgement.missing or not judgement.contrasts:
         count = max(judgement.missing, 1)
         lines.append(f"- {count} comparison{'s' * (count > 1)} for which cells have not been run")
+    if judgement.beside:
+        others = "; ".join(f"{BESIDE[metric]}: {verdict}" for metric, verdict in judgement.beside.items())
+        lines += ["", f"The same by other metrics: {others}."]
     return [*lines, "", *([judgement.why, ""] if judgement.why else [])]
 
 

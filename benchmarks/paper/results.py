@@ -7,13 +7,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.paper.cells import Budget, Cell
+from benchmarks.paper.cells import Budget, Cell, Method
 from benchmarks.paper.store import cell_of
 
-FRECHET, ENDPOINT = "frechet_to_teacher", "endpoint_mse"
+FRECHET, ENDPOINT, DATA = "frechet_to_teacher", "endpoint_mse", "frechet_to_data"
 
 ASSUMED_SPREAD = 0.18
 """Of the logarithm of a metric between seeds, as long as no cell was repeated."""
+
+ENOUGH_REPEATS = 5
+"""From which on the cells of one method have a spread of their own."""
 
 
 class Results:
@@ -35,7 +38,7 @@ class Results:
     def values(self, cell: Cell, metric: str = FRECHET, nfe: int | None = None) -> list[float]:
         """A metric at `nfe` steps (default: those it was trained for), one value per seed."""
         rows = (result["measures"].get(str(cell.nfe if nfe is None else nfe)) for result in self.of(cell))
-        return [row[metric] for row in rows if row is not None]
+        return [row[metric] for row in rows if row is not None and metric in row]
 
     def studied(self, cell: Cell, study: str, key: str, at: float, metric: str = FRECHET) -> list[float]:
         """A metric where a setting was varied at sampling, one value per seed."""
@@ -47,15 +50,21 @@ class Results:
         kinds = ("gm", "dx", "shortcut", "meanflow")
         return list(dict.fromkeys(cell.variant for cell, _ in self.cells if cell.method in kinds))
 
-    def spread(self, metric: str) -> float:
-        """Standard deviation of log(metric) between seeds, pooled over all cells that were repeated."""
+    def spread(self, metric: str, method: Method | None = None) -> float:
+        """Standard deviation of log(metric) between seeds, pooled over the cells of a method that were repeated; over
+        those of all methods where there are too few.
+        """
         squares, freedom = 0.0, 0
         for cell in self.students():
+            if method not in (None, cell.method):
+                continue
             for nfe in cell.sampled_nfes:
                 logs = [math.log(max(value, 1e-12)) for value in self.values(cell, metric, nfe)]
                 mean = sum(logs) / max(len(logs), 1)
                 squares += sum((value - mean) ** 2 for value in logs)
                 freedom += max(len(logs) - 1, 0)
+        if method is not None and freedom < ENOUGH_REPEATS:
+            return self.spread(metric)
         return math.sqrt(squares / freedom) if freedom else ASSUMED_SPREAD
 
 
@@ -83,8 +92,8 @@ def significant(value: float, digits: int) -> str:
     """So many significant digits, without an exponent."""
     if value == 0:
         return "0"
-    places = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
-    return f"{value:.{places}f}"
+    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the rounded value: 0.9999 has that of 1.00
+    return f"{value:.{max(digits - 1 - exponent, 0)}f}"
 
 
 def machines(document: dict[str, Any]) -> Iterator[dict[str, Any]]:

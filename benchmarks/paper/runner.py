@@ -35,7 +35,7 @@ POLL_SECONDS = 0.5
 def run_cell(cell: Cell, store: Store, command: str) -> None:
     """Train and measure one cell, or what of the two is missing, in this process."""
     store.folder.mkdir(parents=True, exist_ok=True)
-    if not store.reference.is_file():
+    if not store.has_reference():
         write_tensors(store.reference, reference_samples(store.protocol))
     start = time.perf_counter()
     if cell.method in WITHOUT_STUDENT:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.paper.cells import WITHOUT_STUDENT, Cell, read_cell
+from benchmarks.paper.cells import WITHOUT_STUDENT, Budget, Cell, read_cell
 from benchmarks.paper.measure import Protocol
 
 
@@ -30,6 +30,13 @@ class Store:
     def reference(self) -> Path:
         """The teacher's samples under this protocol."""
         return self.folder / f"reference-{self.protocol.id}.safetensors"
+
+    def has_reference(self) -> bool:
+        """Whether they are there and whole."""
+        try:
+            return {"x_0", "other"} <= load_file(self.reference).keys()
+        except (OSError, SafetensorError):
+            return False
 
     def at(self, cell: Cell) -> Path:
         """The cell's own folder."""
@@ -79,11 +86,13 @@ class Store:
 
 
 def collect(store: Store, cells: Iterable[Cell], earlier: dict[str, Any] | None = None) -> dict[str, Any]:
-    """One document of all cells that are done, in order; those of an `earlier` document with this protocol stay."""
+    """One document of all cells that are done, in order; those of an `earlier` document stay where protocol and recipe
+    are today's.
+    """
     protocol = {"id": store.protocol.id, **asdict(store.protocol)}
     found: dict[str, Any] = {}
     if earlier is not None and earlier.get("protocol", {}).get("id") == store.protocol.id:
-        found = {result["id"]: result for result in earlier["cells"]}
+        found = {result["id"]: result for result in earlier["cells"] if cell_of(result).id == result["id"]}
     found |= {cell.id: rounded(store.result(cell)) for cell in cells if store.is_done(cell)}
     order = {cell.id: i for i, cell in enumerate(cells)}
     return {"protocol": protocol, "cells": sorted(found.values(), key=lambda r: order.get(r["id"], len(order)))}
@@ -96,6 +105,15 @@ def rounded(value: Any, digits: int = 5) -> Any:
     if isinstance(value, list | tuple):
         return [rounded(v, digits) for v in value]
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
+def other_run(document: dict[str, Any], protocol: Protocol, budget: Budget) -> str | None:
+    """What keeps a document's results from standing beside those of this protocol and budget, for people; or None."""
+    if document.get("protocol", {}).get("id") != protocol.id:
+        return "were measured otherwise (--samples)"
+    if any(cell_of(result).budget != budget for result in document.get("cells", ())):
+        return "had another budget (--iterations, --batch-size)"
+    return None
 
 
 def cell_of(result: dict[str, Any]) -> Cell:
@@ -114,16 +132,21 @@ def read_json(file: Path) -> dict[str, Any] | None:
 
 def write_json(file: Path, value: Any) -> None:
     """Whole or not at all."""
-    partial = file.with_suffix(".partial")
+    partial = _partial(file)
     partial.write_text(json.dumps(value) + "\n")
     os.replace(partial, file)
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     """Whole or not at all."""
-    partial = file.with_suffix(".partial")
+    partial = _partial(file)
     save_file(tensors, partial)
     os.replace(partial, file)
+
+
+def _partial(file: Path) -> Path:
+    """Of this process: a cell that outlived a killed run may be writing the same file."""
+    return file.with_suffix(f".{os.getpid()}.partial")
 
 
 def command_line(words: Iterable[str]) -> str:

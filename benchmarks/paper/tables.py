@@ -33,16 +33,21 @@ def teacher_table(results: Results) -> str:
 
 
 def student_table(results: Results) -> str:
-    """Every student at every number of steps it was measured at."""
-    titles = ["student", "NFE", "seeds", *(title for _, title in COLUMNS), "training, s"]
+    """Every student at every number of steps it was measured at, with the job that made each seed."""
+    titles = ["student", "NFE", "seeds", *(title for _, title in COLUMNS)]
     rows = []
     for cell in results.students():
-        seconds = [result["seconds"] for result in results.of(cell)]
         for nfe in cell.sampled_nfes:
             values = [results.values(cell, metric, nfe) for metric, _ in COLUMNS]
             cells = [shown(v).partition(" (")[0] for v in values]
-            rows.append([cell.label, str(nfe), str(len(values[0])), *cells, f"{sum(seconds) / len(seconds):.0f}"])
+            rows.append([cell.label, str(nfe), _seeds(results, cell), *cells])
     return table(titles, rows)
+
+
+def _seeds(results: Results, cell: Cell) -> str:
+    """ "0 core, 1 full": each seed and the arguments of `python -m benchmarks.paper` that made it."""
+    made = sorted((result["settings"]["seed"], result["command"]) for result in results.of(cell))
+    return ", ".join(f"{seed} {command.partition('benchmarks.paper ')[2]}" for seed, command in made)
 
 
 def heads_table(results: Results, metric: str) -> str:
@@ -69,7 +74,8 @@ def study_table(results: Results, study: str, key: str, cells: Sequence[Cell]) -
     for level in levels:
         values = [results.studied(cell, study, key, level, m) for cell in cells for m in (FRECHET, ENDPOINT)]
         rows.append([f"{level:g}", *(shown(v).partition(" (")[0] for v in values)])
-    titles = [f"{cell.label}: {name}" for cell in cells for name in ("Fréchet", "endpoint MSE")]
+    counts = [f"{cell.label} (n={len(results.of(cell))})" for cell in cells]
+    titles = [f"{count}: {name}" for count in counts for name in ("Fréchet", "endpoint MSE")]
     return table([key.replace("nfe", "NFE"), *titles], rows)
 
 

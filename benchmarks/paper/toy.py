@@ -5,6 +5,8 @@
     python -m benchmarks.paper.toy --teacher qwen_image --path models/Qwen-Image/transformer \\
         --prompts data/Qwen-Image-prompts --device cuda --dtype bfloat16
 
+Guidance scale and shift are those of the teacher's published recipe unless they are given.
+
 The free parameters are what a network would predict at the noise: means, logstd and logweights of a GM policy, or the
 grid of a DX policy. They are fitted to the teacher's velocities at the states of its own trajectory; then the policy is
 rolled out from the noise alone. How far it ends from the teacher says how much a policy can express.
@@ -28,7 +30,8 @@ from piflow.noise_schedule import NoiseSchedule
 from piflow.policies import DXPolicy, GMFlowPolicy, Policy
 from piflow_kernels import dx_velocity, gm_velocity
 
-TEACHERS = ("digits", "dit", "qwen_image")
+TEACHERS = {"digits": (2.0, 1.0), "dit": (3.2, 1.0), "qwen_image": (4.0, 3.2)}
+"""Guidance scale and shift of the noise schedule."""
 
 
 class Trajectory(NamedTuple):
@@ -275,9 +278,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--path", type=Path, help="folder of the teacher's network")
     parser.add_argument("--prompts", type=Path, help="cached prompts; the first one is taken")
     parser.add_argument("--label", type=int, default=3, help="class of a class-conditional teacher")
-    parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: the teacher's)")
     parser.add_argument("--size", type=int, default=1024, help="pixels, of a text-to-image teacher")
-    parser.add_argument("--shift", type=float, default=1.0, help="of the noise schedule: 3.2 for Qwen-Image")
+    parser.add_argument("--shift", type=float, help="of the noise schedule (default: the teacher's)")
     parser.add_argument("--steps", type=int, default=128, help="of the teacher (default: %(default)s)")
     parser.add_argument("--components", type=int, nargs="*", default=(1, 4, 8, 32))
     parser.add_argument("--grids", type=int, nargs="*", default=(5, 10, 20))
@@ -287,6 +290,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the errors to this file")
     arguments = parser.parse_args(argv)
+    guidance, shift = TEACHERS[arguments.teacher]
+    arguments.guidance = guidance if arguments.guidance is None else arguments.guidance
+    arguments.shift = shift if arguments.shift is None else arguments.shift
     try:
         velocity, shape = _teacher(arguments)
     except (ValueError, OSError) as error:

@@ -125,7 +125,7 @@ def test_a_qwen_image_teacher_from_files(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "prompts.txt").write_text("a cat\n")
     words = ["cache-prompts", str(tmp_path / "prompts.txt"), "--model", str(base), "--out", str(tmp_path / "cache")]
     assert CliRunner().invoke(app, [*words, "--device", "cpu"]).exit_code == 0
-    words = ["--teacher", "qwen_image", "--path", str(base / "transformer"), "--guidance", "4", "--shift", "3.2"]
+    words = ["--teacher", "qwen_image", "--path", str(base / "transformer")]
     small = ["--size", "32", "--steps", "4", "--components", "2", "--grids", "3", "--iterations", "3"]
     out = ["--json", str(tmp_path / "toy.json")]
     assert main([*words, *small, *out, "--prompts", str(tmp_path / "cache")]) == 0
