@@ -20,7 +20,7 @@ INTERPRETED_BLOCK = 4096
 def why_triton_cannot_run(device: torch.device) -> str | None:
     """The reason why kernels cannot run for tensors on `device`; None where they can."""
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; on Linux `pip install triton>=3.6` installs it"
+        return "triton is not installed; on Linux `pip install 'triton>=3.6'` installs it"
     if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
         return "this GPU has no float64, in which the coefficients are computed"
     if device.type in ("cuda", "xpu") or (device.type == "cpu" and is_interpreted()):

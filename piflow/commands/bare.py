@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from contextlib import redirect_stdout
 
@@ -25,5 +27,9 @@ def main(arguments: list[str], missing: str | None) -> int:
 
     with redirect_stdout(sys.stderr):
         report = diagnose(available_devices())
-    print(json.dumps(report, indent=1) if "--json" in arguments else "\n".join(as_lines(report)))
+    try:
+        print(json.dumps(report, indent=1) if "--json" in arguments else "\n".join(as_lines(report)), flush=True)
+    except BrokenPipeError:  # the reader has gone away, as `head` does; Python would flush, and fail, once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     return 0 if report["ok"] else 1

@@ -182,3 +182,6 @@ def test_with_torch_alone_the_command_says_what_is_missing(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["self_test"]["passed"] is True
     assert sys.prefix not in done.stdout
+    piped = ["bash", "-c", 'set -o pipefail; "$@" | true', "bash", str(python), "-m", "piflow.cli", "doctor"]
+    done = subprocess.run(piped, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert (done.returncode, "Traceback" in done.stderr) == (141, False), done.stderr
