@@ -475,6 +475,11 @@ def test_a_port_that_is_taken() -> None:
     assert f"Nothing can listen at 127.0.0.1, port {port}: Address already in use. Give another --port." in done.output
 
 
+def heeds_interrupts() -> None:
+    """In a new process: one started by a shell's background job would ignore SIGINT, as its parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     ("options", "opened"), [([], True), (["--no-browser"], False), (["--json"], False), (["--json", "--browser"], True)]
 )
@@ -486,6 +491,7 @@ def test_the_command(options: list[str], opened: bool, tmp_path: Path) -> None:
         [sys.executable, "-m", "piflow.cli", "app", *options],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
         env={**os.environ, "BROWSER": str(tmp_path / "browser")},
+        preexec_fn=heeds_interrupts,
     )  # fmt: skip
     try:
         said = process.stdout.readline()
