@@ -250,11 +250,12 @@ def policies_of(asked: list[PolicyCall], device: str) -> Operation:
     parts = ("means", "logstds", "logweights")
     problem = {"x_src": torch.cat([call.x_src for call in asked])}
     problem |= {name: torch.cat([getattr(call.policy, name) for call in asked]) for name in parts}
+    problem["step"] = torch.arange(len(asked))  # samples may be picked, and each has noise levels of its own
 
     def run(backend: Any) -> Run:
-        def destinations(**problem: Tensor) -> Tensor:
+        def destinations(step: Tensor, **problem: Tensor) -> Tensor:
             ends = []
-            for i, call in enumerate(asked[: len(problem["x_src"])]):
+            for i, call in enumerate(asked[number] for number in step.tolist()):
                 network = {name: value[i : i + 1] for name, value in problem.items()}
                 sigma_src = call.policy.sigma_src.to(network["x_src"].dtype)
                 policy = replace(call.policy, **network, sigma_src=sigma_src, backend=backend)

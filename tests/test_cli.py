@@ -152,6 +152,7 @@ def test_a_reader_that_goes_away_is_no_answer(words: list[str]) -> None:
     assert (process.returncode, said) == (128 + signal.SIGPIPE, "")
 
 
+@pytest.mark.slow
 def test_progress_is_on_a_terminal_only(tmp_path: Path) -> None:
     """The same command with stderr on a pseudo-terminal, and on a pipe; what it prints is the same."""
     words = ["sample", "digits", "--class", "3", "--out"]
@@ -174,6 +175,7 @@ def test_progress_is_on_a_terminal_only(tmp_path: Path) -> None:
     assert b"loading digits" in shown
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_traceback(tmp_path: Path) -> None:
     """In the middle of the work: exit code 130, and what is finished stays."""
     command = [sys.executable, "-m", "piflow.cli", "sample", "digits", "--seed", "0-99999", "--out", str(tmp_path)]

@@ -175,10 +175,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(site: Path) -> None:
     assert {path.stem for path in site.glob("*.html")} >= {path.stem for path in (ROOT / "docs").glob("*.md")}
 
 
+@pytest.mark.slow
 def test_the_reference_of_the_configuration_has_every_key(site: Path) -> None:
     from piflow.training.config import TrainConfig
 
@@ -199,6 +201,7 @@ def test_the_reference_of_the_configuration_has_every_key(site: Path) -> None:
     assert "FieldInfo" not in text
 
 
+@pytest.mark.slow
 def test_pages_that_stand_for_code_show_it(site: Path) -> None:
     assert "gm_mean_velocity_loss" in (site / "operators.html").read_text()
     examples = re.sub(r"<[^>]+>", "", (site / "examples.html").read_text())

@@ -28,6 +28,7 @@ sys.exit(gpu.main(["--device", "cpu", "--only", "correctness", "--out", sys.argv
 """
 
 
+@pytest.mark.slow
 def test_correctness_runs_interpreted(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     subprocess.run(

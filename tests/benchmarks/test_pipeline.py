@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.pipeline import FULL_DEPTH, main
+from benchmarks.pipeline import FULL_DEPTH, main, pipeline_case
 
 
 def results(folder: Path, *words: str) -> list[dict[str, Any]]:
@@ -16,6 +17,7 @@ def results(folder: Path, *words: str) -> list[dict[str, Any]]:
     return json.loads((folder / "pipeline.json").read_text())["pipelines"]
 
 
+@pytest.mark.slow
 def test_where_the_time_goes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (result,) = results(tmp_path, "--models", "qwen-image", "--blocks", "1", "--size", "64", "--nfe", "2")
     seconds = result["seconds"]
@@ -30,3 +32,11 @@ def test_a_megapixel_fits_a_machine_of_16_gb(model: str, tmp_path: Path) -> None
     (result,) = results(tmp_path, "--models", model, "--nfe", "4")
     assert result["peak_memory_bytes"] < 15e9
     assert result["policy_share_at_full_depth"] < 0.02
+
+
+def test_a_step_that_is_picked_keeps_its_noise_levels() -> None:
+    case, _ = pipeline_case("flux-2", "cpu", tiny=True)
+    operation = case.builders[0](2)
+    whole = operation.candidates["ours"](**operation.problem)
+    assert not torch.equal(whole[0], whole[1])
+    assert torch.equal(operation.candidates["ours"](**operation.samples(torch.tensor([1]))), whole[1:])

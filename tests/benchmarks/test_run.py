@@ -257,6 +257,7 @@ def test_a_process_that_dies_of_something_else_is_a_row(tmp_path: Path, monkeypa
     assert "its process ended with 3" in markdown([row])
 
 
+@pytest.mark.slow
 def test_every_suite_runs_from_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "results" / "run.json"
     words = ["--suite", "all", "--device", "cpu", "--tiny", "--seconds", "0.01", "--json", str(file)]
@@ -328,6 +329,7 @@ print(json.dumps({row["candidate"]: row["peak_bytes"] for row in rows if row["pa
 """
 
 
+@pytest.mark.slow
 def test_checkpointing_and_the_fused_loss_need_less_memory_than_the_textbook() -> None:
     """In a process of its own, as the runner measures: what earlier tests freed would be used again, and not count."""
     done = subprocess.run([sys.executable, "-c", MEMORY_OF_A_LOSS], capture_output=True, text=True, cwd=ROOT)

@@ -171,6 +171,7 @@ def test_several_files_are_several_runs(tmp_path: Path) -> None:
     assert len(found["metrics"]["diversity"]["runs"]) == 2
 
 
+@pytest.mark.slow
 def test_goes_on_after_it_was_killed(tmp_path: Path) -> None:
     images, _ = load_digits_images()
     np.save(tmp_path / "images.npy", images.repeat(2, 1, 1, 1).numpy())

@@ -15,6 +15,7 @@ from piflow.training.sections import DistillationConfig
 FOLDER = SHIPPED_WEIGHTS.with_name("student-nfe4")
 
 
+@pytest.mark.slow
 def test_shipped_student_ends_where_its_account_says():
     account = json.loads((FOLDER / "recipe.json").read_text())
     student = load_network(GMDiTTransformer2DModelV2, FOLDER, "student", "")

@@ -28,6 +28,7 @@ def sample_accuracy(teacher, num_samples, num_steps):
     return accuracy(extract(load_classifier(), x_0)[1], labels)
 
 
+@pytest.mark.slow
 def test_recipe_still_learns(tmp_path, capsys):
     """The real command at a twentieth of its cost: the loss and the samples leave chance far behind."""
     main(["--out", str(tmp_path), "--steps", "220", "--batch-size", "128"])

@@ -15,6 +15,8 @@ import piflow_kernels as pk
 from piflow_kernels.gm import inductor_path, torch_path
 from tests.kernels.problems import EPS32, gm_problem
 
+pytestmark = pytest.mark.slow
+
 SHAPES = [(8, 16), (32, 4), (17, 17), (3, 5), (1, 1)]
 """Gram space, channel space unrolled and in loops, odd, least."""
 

@@ -33,6 +33,8 @@ from tests.kernels.problems import (
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.slow  # test_numerics runs every operator in fewer shapes
+
 
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[Interpreter]:

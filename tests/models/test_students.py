@@ -467,6 +467,7 @@ def test_style_lora_of_the_base_with_its_output_layer(tmp_path) -> None:
     assert not any(name.startswith("proj_out") for name in lora)
 
 
+@pytest.mark.slow
 def test_context_parallel_on_two_processes() -> None:
     """Tokens split over two processes, through gloo: each process has the whole output of an undivided run."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -101,6 +101,7 @@ def test_planned_bytes_are_those_of_the_runs(tmp_path: Path) -> None:
                 assert planned[item] == pytest.approx(measured[item], rel=0.001)
 
 
+@pytest.mark.slow
 def test_full_size_agrees_with_the_arithmetic() -> None:
     """P parameters frozen, T trained, 8 GPUs, 2 images of 1024^2 on each; gigabytes by arithmetic."""
     plan = memory_plan(TrainConfig.model_validate(QWEN), 8, 141e9)
@@ -121,6 +122,7 @@ def test_full_size_agrees_with_the_arithmetic() -> None:
     assert plan.fits
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_gets_advice_that_fits() -> None:
     small = {**QWEN["teacher"], "random": {**WIDE_QWEN, "num_layers": 2}}
     config = TrainConfig.model_validate({
