@@ -11,6 +11,7 @@ of `piflow.models`, made when first asked for.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, Self
@@ -91,9 +92,9 @@ class _WidenedHead(Network):
     out_channels: int
 
     @classmethod
+    @abstractmethod
     def width(cls, config: dict[str, Any]) -> int:
         """Number of channels of the output."""
-        raise NotImplementedError
 
     def complete_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """With `velocity_channels` and the widened `out_channels`; ValueError where they do not fit each other."""
